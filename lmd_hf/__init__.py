@@ -1,0 +1,33 @@
+"""lmd_hf: see every weight matrix of a Hugging Face model as five readable factors."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from lmd_hf.api import analyze, plan
+    from lmd_hf.errors import LmdError
+    from lmd_hf.matrix.lmd import decompose
+    from lmd_hf.report.report import Report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "analyze": "lmd_hf.api",
+    "decompose": "lmd_hf.matrix.lmd",
+    "plan": "lmd_hf.api",
+    "LmdError": "lmd_hf.errors",
+    "Report": "lmd_hf.report.report",
+}
+__all__ = ["LmdError", "Report", "__version__", "analyze", "decompose", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded on first use: importing the package imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmd_hf' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

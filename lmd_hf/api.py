@@ -1,0 +1,90 @@
+"""The public functions: the stages, read aloud."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub.utils import tqdm
+
+from lmd_hf.records import Plan, Settings, Work
+from lmd_hf.report.build import build_report
+from lmd_hf.report.report import Report
+from lmd_hf.run.execute import execute
+from lmd_hf.run.plan import make_plan
+from lmd_hf.weights.identity import with_hashes
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import Source, open_source
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+QUIET_SECONDS = 2  # work shorter than this shows no progress bar
+
+
+def analyze(
+    model: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    metric: str = "identity",
+    kernel: str = "auto",
+    roles: tuple[str, ...] = (),
+    layers: str = "",
+    match: str = "",
+    device: str = "auto",
+) -> Report:
+    """Decompose every weight matrix of a model and return the report.
+
+    `model` is a folder in Hub layout, a `.safetensors` file, a Hub id or a live module; weights are read one tensor at
+    a time and the model is never built with real memory. The keywords after `token` are the fields of `Settings`.
+    Every stored parameter is accounted for: decomposed, or skipped with its reason. Raises `SourceError`,
+    `FormatError` or `SettingsError`, each with its remedy.
+    """
+    settings = Settings(metric, kernel, tuple(roles), layers, match, device)
+    started = time.perf_counter()
+    source, todo, timing = _prepare(model, revision, subfolder, token, settings)
+    with ThreadPoolExecutor(1) as background:  # hashing the files overlaps with the decomposition
+        identity = background.submit(with_hashes, source)
+        with tqdm(total=100, desc="decomposing", unit="%", delay=QUIET_SECONDS, name="lmd_hf.analyze", **_BAR) as bar:
+            results = execute(todo, source, progress=_advance(bar, todo))
+    timing |= results.timing
+    timing["total"] = time.perf_counter() - started
+    return build_report(identity.result(), todo, replace(results, timing=timing))
+
+
+def plan(
+    model: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    settings: Settings | None = None,
+) -> Plan:
+    """What `analyze` would do, from headers alone: no weight is downloaded or read."""
+    return _prepare(model, revision, subfolder, token, settings or Settings())[1]
+
+
+_BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}
+
+
+def _prepare(
+    model: str | Path | nn.Module, revision: str | None, subfolder: str, token: str | bool | None, settings: Settings
+) -> tuple[Source, Plan, dict[str, float]]:
+    started = time.perf_counter()
+    source = open_source(model, revision=revision, subfolder=subfolder, token=token)
+    opened = time.perf_counter()
+    inventory = list_matrices(source)
+    todo = make_plan(inventory, source.identity, settings)
+    return source, todo, {"open": opened - started, "plan": time.perf_counter() - opened}
+
+
+def _advance(bar: tqdm, todo: Plan) -> Callable[[Work], None]:
+    total = sum(work.flops for work in todo.works) or 1.0
+    return lambda work: bar.update(100 * work.flops / total) and None

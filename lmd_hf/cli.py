@@ -1,0 +1,179 @@
+"""The command line: `lmd-hf demo | plan | analyze | card`. Torch is imported only once a command needs it."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lmd_hf import __version__
+from lmd_hf.errors import LmdError, OutputError
+
+
+EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 1 a known error in one line, 2 bad usage, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    debug = os.environ.get("HF_DEBUG", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except LmdError as error:
+        if debug:
+            raise
+        _say(f"lmd-hf: {error}")
+        sys.exit(EXIT_ERROR)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_DONE)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _say("lmd-hf: interrupted; nothing was written")
+        os._exit(EXIT_INTERRUPTED)  # a worker inside LAPACK cannot be stopped, and need not be waited for
+    sys.exit(EXIT_DONE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmd-hf", description="See every weight matrix of a Hugging Face model as five readable factors."
+    )
+    parser.add_argument("--version", action="version", version=f"lmd_hf {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="machine-readable output on stdout, all else on stderr")
+    common.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no table")
+    model = argparse.ArgumentParser(add_help=False, parents=[common])
+    model.add_argument("model", metavar="MODEL", help="a Hub id, a folder in Hub layout or a .safetensors file")
+    model.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    model.add_argument("--subfolder", default="", help="folder inside the repository or folder")
+    for field in dataclasses.fields(_settings()):
+        _add_setting(model, field)
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument(
+        "--out", type=Path, metavar="DIR", help="write report.json, matrices.parquet and figures there"
+    )
+
+    demo = commands.add_parser("demo", parents=[common, written], help="the embedded model, end to end, offline")
+    demo.set_defaults(run=_demo)
+    plan = commands.add_parser("plan", parents=[model], help="what would be done, from headers alone")
+    plan.set_defaults(run=_plan)
+    analyze = commands.add_parser("analyze", parents=[model, written], help="decompose every matrix of a model")
+    analyze.set_defaults(run=_analyze)
+    card = commands.add_parser("card", parents=[model], help="the model-card section, of a model or of a report.json")
+    card.set_defaults(run=_card)
+    return parser
+
+
+def _settings() -> Any:
+    from lmd_hf.records import Settings
+
+    return Settings
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
+    is_list = isinstance(field.default, tuple)
+    parser.add_argument(
+        f"--{field.name}",
+        default=field.default,
+        choices=field.metadata.get("choices"),
+        type=_comma_list if is_list else str,
+        metavar=None if "choices" in field.metadata else field.name.upper(),
+        help=f"{field.metadata['help']} (default: {field.default or 'all'})",
+    )
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(_settings())}
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lmd_hf.demo import analyze_demo
+
+    options.out = options.out or Path("lmd-demo")
+    _check_out(options.out)
+    _silence(options)
+    _finish(analyze_demo(), options)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    if options.out is not None:
+        _check_out(options.out)
+    _silence(options)
+    _finish(_run_analysis(options), options)
+
+
+def _run_analysis(options: argparse.Namespace) -> Any:
+    from lmd_hf.api import analyze
+
+    return analyze(options.model, revision=options.revision, subfolder=options.subfolder, **_chosen_settings(options))
+
+
+def _finish(report: Any, options: argparse.Namespace) -> None:
+    """Write the files if a folder was named, then print the report."""
+    if options.out is not None:
+        from lmd_hf.report.files import report_writers, text_writer, write_folder
+        from lmd_hf.report.plots import figures, writer
+
+        pictures = {f"{name}.png": writer(figure) for name, figure in figures(report).items()}
+        write_folder(options.out, {**report_writers(report), **pictures, "card.md": text_writer(report.card())})
+        _say(f"wrote {options.out}/: report.json, matrices.parquet, card.md, {', '.join(pictures)}")
+    if options.json:
+        print(report.to_json(), end="")
+    elif not options.quiet:
+        print(f"{report.table()}\n\n{report.summary()}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from lmd_hf.api import plan
+    from lmd_hf.records import Settings
+    from lmd_hf.report.plan_text import plan_to_dict, plan_to_text
+
+    _silence(options)
+    todo = plan(
+        options.model,
+        revision=options.revision,
+        subfolder=options.subfolder,
+        settings=Settings(**_chosen_settings(options)),
+    )
+    print(json.dumps(plan_to_dict(todo), indent=1) if options.json else plan_to_text(todo, brief=options.quiet))
+
+
+def _card(options: argparse.Namespace) -> None:
+    _silence(options)
+    path = Path(options.model)
+    if path.suffix == ".json" or (path / "report.json").is_file():
+        from lmd_hf.report.report import Report
+
+        text = Report.load(path).card()
+    else:
+        text = _run_analysis(options).card()
+    print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
+
+
+def _check_out(folder: Path) -> None:
+    """Fail before hours of work, not after: the output folder must take a file."""
+    from lmd_hf.report.files import write_folder
+
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; give --out a folder")
+    write_folder(folder, {})
+
+
+def _silence(options: argparse.Namespace) -> None:
+    if options.quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,21 @@
+"""What can go wrong, said as what, where and remedy in one line."""
+
+
+class LmdError(Exception):
+    """Base of every error that lmd_hf raises on purpose; its text is one line for the user."""
+
+
+class SourceError(LmdError):
+    """The model cannot be found or opened, or holds no weights that may be read."""
+
+
+class FormatError(LmdError):
+    """A weight file is truncated, inconsistent or of an unknown kind."""
+
+
+class SettingsError(LmdError):
+    """A setting has a value outside its range; the text lists the known ones."""
+
+
+class OutputError(LmdError):
+    """The result cannot be written where it was asked for; what was there before is untouched."""

@@ -1,0 +1,157 @@
+"""Spectrum kernels: every singular value of one matrix, with an error bound.
+
+Shapes: O = out, I = in, k = min(O, I) the short side, L = max(O, I) the long one.
+Each kernel is a plain function in `KERNELS`: it takes W (O × I, any floating dtype, on any device) and returns a
+`Spectrum`. All arithmetic is float64 with unit roundoff u = 2⁻⁵³.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lmd_hf.errors import SettingsError
+
+
+UNIT_ROUNDOFF = 2.0**-53
+CHUNK_ENTRIES = 2**22  # entries of the long side converted to float64 at a time: 32 MiB, past which speed is flat
+ACCURACY = 1e-7  # relative accuracy that every value above FLOOR · σ₁ must keep, else the kernel refines
+FLOOR = 1e-6
+RITZ_CUT = (
+    1 / 2000
+)  # values below RITZ_CUT · σ₁ are refined: there the Gram route still has 9 digits, so the cut is safe
+SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values (k, float64, CPU, descending) and how well they are known.
+
+    `error_bound` bounds |σ̂ᵢ − σᵢ| / σᵢ over the values above 1e-6 · σ₁. `method` says which route ran:
+    `gram`, `gram+ritz` or `svd`.
+    """
+
+    values: Float[Tensor, " k"]
+    error_bound: float
+    method: str
+
+
+def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
+    """All singular values from the eigenvalues of the float64 Gram matrix of the short side.
+
+    G = WᵀW (or WWᵀ, whichever is k × k) and σᵢ = √λᵢ(G). An eigenvalue's absolute error is some u·λ₁ (backward
+    stability of the product and of the symmetric eigensolver: Higham 2002, §3.5; LAPACK Users' Guide 1999, §4.7), so
+    the relative error of σᵢ is taken as 8u·((σ₁/σᵢ)² + √k). Where that passes 1e-7, the small values are refined:
+    with Q the eigenvectors of G below (σ₁/2000)², the singular values of W·Q have absolute error 8u·√k·σ₁
+    (Rayleigh–Ritz on an invariant subspace, Parlett 1998, §11). Where many values are small, the SVD of W itself runs
+    instead, with the same bound. The constant 8 is calibrated against LAPACK's SVD, with room to spare on every case
+    of `tests/matrix/test_kernels.py`; the provable constants grow with k and are far too large to be of use.
+
+    Raises `ValueError` if W has no entries or holds NaN or infinity.
+    """
+    if w_OI.numel() == 0:
+        raise ValueError(f"empty matrix of shape {tuple(w_OI.shape)}")
+    w_LK = w_OI if w_OI.shape[0] >= w_OI.shape[1] else w_OI.T
+    scale = _power_of_two(w_LK)
+    gram = _gram(w_LK, scale)
+    eigenvalues = _eigenvalues(gram).flip(0).clamp_min(0)
+    top = eigenvalues[0].item()
+    if not math.isfinite(top):
+        raise ValueError("the matrix holds NaN or infinity")
+    values = eigenvalues.sqrt()
+    if _gram_error(values) <= ACCURACY:
+        return Spectrum(values * scale, _gram_error(values), "gram")
+    small = int((values < RITZ_CUT * values[0]).sum())
+    if small <= SMALL_SHARE * len(values):
+        values[len(values) - small :] = _ritz_values(w_LK, gram, small, scale)
+        values = values.sort(descending=True).values
+        method = "gram+ritz"
+    else:
+        values = torch.linalg.svdvals(w_LK.to(torch.float64) / scale).cpu()
+        method = "svd"
+    return Spectrum(values * scale, _refined_error(values, method), method)
+
+
+KERNELS: dict[str, Callable[[Tensor], Spectrum]] = {"exact": exact}
+
+
+def get_kernel(name: str) -> Callable[[Tensor], Spectrum]:
+    """The kernel called `name`; `SettingsError` lists the known ones."""
+    if name not in KERNELS:
+        raise SettingsError(f"no kernel '{name}'; known: {', '.join(sorted(KERNELS))}")
+    return KERNELS[name]
+
+
+def _power_of_two(w: Tensor) -> float:
+    """A power of two near max|W|, so that squares of float64 entries neither overflow nor vanish; 1 for shorter types,
+    whose squares always fit."""
+    if w.dtype != torch.float64:
+        return 1.0
+    largest = w.abs().max().item()
+    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+
+
+def _chunks(w_LK: Tensor, scale: float) -> Iterator[Tensor]:
+    rows = max(1, CHUNK_ENTRIES // w_LK.shape[1])
+    for start in range(0, w_LK.shape[0], rows):
+        chunk = w_LK[start : start + rows].to(torch.float64)
+        yield chunk if scale == 1 else chunk / scale
+
+
+def _gram(w_LK: Tensor, scale: float) -> Tensor:
+    """Σ over chunks of the long side of chunkᵀ·chunk, in float64 on W's device."""
+    gram: Tensor | None = None
+    for chunk in _chunks(w_LK, scale):
+        if chunk.device.type == "cpu":
+            array = np.ascontiguousarray(chunk.numpy()) if not chunk.T.is_contiguous() else chunk.numpy()
+            product = torch.from_numpy(array.T @ array)  # numpy sees AᵀA and calls dsyrk: half the flops of a product
+        else:
+            product = chunk.T @ chunk
+        gram = product if gram is None else gram.add_(product)
+    assert gram is not None
+    return gram
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Ascending, on the CPU. numpy's LAPACK lets other threads run, and is the faster one on most CPUs."""
+    if gram.device.type == "cpu":
+        try:
+            return torch.from_numpy(np.linalg.eigvalsh(gram.numpy()))
+        except np.linalg.LinAlgError:
+            return torch.full((gram.shape[0],), math.nan, dtype=torch.float64)
+    return torch.linalg.eigvalsh(gram).cpu()
+
+
+def _ritz_values(w_LK: Tensor, gram: Tensor, count: int, scale: float) -> Tensor:
+    """Singular values of W·Q, Q the eigenvectors of the `count` smallest eigenvalues of the Gram matrix."""
+    if gram.device.type == "cpu":
+        q = torch.from_numpy(scipy.linalg.eigh(gram.numpy(), subset_by_index=[0, count - 1], check_finite=False)[1])
+    else:
+        q = torch.linalg.eigh(gram).eigenvectors[:, :count]
+    projected = torch.cat([chunk @ q for chunk in _chunks(w_LK, scale)])
+    return torch.linalg.svdvals(projected).cpu()
+
+
+def _gram_error(values: Tensor) -> float:
+    """8u·((σ₁/σᵢ)² + √k) at the smallest value; one below FLOOR counts at FLOOR, where the Gram route must be left."""
+    if values[0] == 0:
+        return 0.0
+    ratio = max(values[-1].item() / values[0].item(), FLOOR)
+    return _gram_bound(ratio, len(values))
+
+
+def _gram_bound(ratio: float, k: int) -> float:
+    return 8 * UNIT_ROUNDOFF * (ratio**-2 + math.sqrt(k))
+
+
+def _refined_error(values: Tensor, method: str) -> float:
+    smallest = values[values > FLOOR * values[0]][-1].item() / values[0].item()
+    bound = 8 * UNIT_ROUNDOFF * math.sqrt(len(values)) / smallest
+    if method == "gram+ritz":  # the values above the cut still come from the Gram matrix
+        bound = max(bound, _gram_bound(RITZ_CUT, len(values)))
+    return bound

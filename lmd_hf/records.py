@@ -1,0 +1,242 @@
+"""The frozen values that pass between the stages. No logic, no I/O, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+ROLES = ("embed", "conv", "q", "k", "v", "kv", "o", "router", "gate", "up", "down", "ssm", "other", "head")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One weight file of a model. `sha256` is `None` where nobody has computed it yet."""
+
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model, exactly. `revision` is what was asked for, `commit` what it was pinned to (`None` off the Hub)."""
+
+    id: str
+    revision: str | None
+    commit: str | None
+    model_type: str | None
+    architectures: tuple[str, ...]
+    files: tuple[WeightFile, ...]
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One stored tensor: where its bytes lie. `file` is "" for a live module; `start` and `stop` count from the
+    beginning of the file; `dtype` is written as safetensors does (BF16, F32 …)."""
+
+    name: str
+    file: str
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NormRef:
+    """The gain that feeds a matrix: γ = `offset` + the tensor (Gemma-style norms store γ − 1)."""
+
+    tensor: TensorRef
+    offset: float
+
+
+@dataclass(frozen=True)
+class MatrixRef:
+    """One matrix of the network, y = W·x, and how to cut it out of what is stored.
+
+    `shape` is (out, in). `tensors[0]` holds the entries; `expert` picks along its first axis; `transposed` says that
+    it is stored (in, out); `rows` are the slices (start, stop, step) of the out axis that belong to this matrix, all
+    if empty. `activation` is the function after (gate, up) or before (down) it, `None` outside an MLP; `gated` says
+    that a gate multiplies it. `tied_to` names a stored tensor that should hold the same numbers.
+    """
+
+    name: str
+    part: str
+    stack: str
+    block: str
+    role: str
+    layer: int | None
+    shape: tuple[int, int]
+    dtype: str
+    stored: str
+    tensors: tuple[TensorRef, ...]
+    rows: tuple[tuple[int, int, int], ...] = ()
+    expert: int | None = None
+    transposed: bool = False
+    norm: NormRef | None = None
+    activation: str | None = None
+    gated: bool = False
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not decomposed, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A name that stands for the same numbers as `of`. `stored` says that the checkpoint holds a second copy."""
+
+    name: str
+    of: str
+    shape: tuple[int, ...]
+    stored: bool
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every stored parameter of a model, once: selected + skipped + stored aliases add up to `parameters`."""
+
+    selected: tuple[MatrixRef, ...]
+    skipped: tuple[Skipped, ...]
+    aliases: tuple[Alias, ...]
+    parameters: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compute. Each field is a keyword of `analyze` and an option of the command line."""
+
+    metric: str = field(
+        default="identity",
+        metadata={
+            "choices": ("identity", "norm"),
+            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it",
+        },
+    )
+    kernel: str = field(
+        default="auto",
+        metadata={"choices": ("auto", "exact"), "help": "how spectra are computed; auto is exact for every size today"},
+    )
+    roles: tuple[str, ...] = field(default=(), metadata={"help": "only these roles, such as q,k,down"})
+    layers: str = field(default="", metadata={"help": "only these layers, such as 0-3,-1 (-1 is the last)"})
+    match: str = field(default="", metadata={"help": "only tensors whose name fits this glob"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """One matrix to do: which kernel, what it will cost (floating-point operations, bytes in memory)."""
+
+    ref: MatrixRef
+    kernel: str
+    flops: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, from headers alone. `shards[rank]` holds indices into `works`, most expensive first."""
+
+    identity: ModelIdentity
+    settings: Settings
+    works: tuple[Work, ...]
+    shards: tuple[tuple[int, ...], ...]
+    skipped: tuple[Skipped, ...]
+    aliases: tuple[Alias, ...]
+    parameters: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """All numbers of one matrix. A number that does not apply is `None`.
+
+    Norms, ranks and `singular_values` describe S', the spectrum in the metric used (σ(W) under `identity`);
+    `numerical_rank` and the noise figures (`mp_…`) are always those of σ(W). `singular_value_ranks` is `None` when
+    `singular_values` holds the whole spectrum, else the 1-based ranks of the values that are kept.
+    """
+
+    name: str
+    part: str
+    stack: str
+    block: str
+    role: str
+    layer: int | None
+    shape: tuple[int, int]
+    dtype: str
+    stored: str
+    kernel: str
+    method: str
+    error_bound: float
+    frobenius_norm: float
+    spectral_norm: float
+    smallest_singular_value: float
+    stable_rank: float | None
+    participation_ratio: float | None
+    effective_rank: float | None
+    effective_rank_energy: float | None
+    energy_rank_90: int | None
+    energy_rank_95: int | None
+    energy_rank_99: int | None
+    numerical_rank: int
+    latent_dim: int | None
+    latent_dim_rule: str | None
+    mp_edge: float | None
+    mp_spikes: int | None
+    mp_spikes_99: int | None
+    mp_fit_distance: float | None
+    energy_degree: int
+    effective_degree: float | None
+    capacity_log10: float | None
+    expressivity: float | None
+    metric: str
+    singular_value_ranks: tuple[int, ...] | None
+    singular_values: np.ndarray = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """decomposed + skipped + stored aliases = `parameters`, always."""
+
+    parameters: int
+    decomposed: int
+    fraction: float
+    skipped: tuple[Skipped, ...]
+    aliases: tuple[Alias, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of the paper's failure signatures: the measure, its threshold and the matrices that show it.
+
+    `status` is `found`, `not found` or `not measured`.
+    """
+
+    signature: str
+    status: str
+    text: str
+    measure: str
+    threshold: float | None
+    matrices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What execution hands to the report: rows in the order of the inventory, and what turned out to be no row."""
+
+    matrices: tuple[MatrixReport, ...]
+    skipped: tuple[Skipped, ...]
+    aliases: tuple[Alias, ...]
+    environment: dict[str, Any]
+    timing: dict[str, float]

@@ -1,0 +1,39 @@
+"""From a plan and its results to the report."""
+
+import dataclasses
+import math
+
+from lmd_hf import __version__
+from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
+from lmd_hf.report.findings import find
+from lmd_hf.report.report import SCHEMA, Report
+
+
+NO_EVIDENCE = {"verdict": "unknown", "evidence": []}
+
+
+def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Report:
+    """The report of one model; its coverage adds up to every stored parameter, or this raises `AssertionError`."""
+    return Report(
+        schema=SCHEMA,
+        lmd_hf=__version__,
+        model=identity,
+        settings=dataclasses.asdict(plan.settings) | {"roles": list(plan.settings.roles)},
+        coverage=_coverage(plan, results),
+        matrices=results.matrices,
+        heads=(),
+        findings=find(results.matrices),
+        convergence=NO_EVIDENCE,
+        environment=results.environment,
+        timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
+    )
+
+
+def _coverage(plan: Plan, results: Results) -> Coverage:
+    skipped = plan.skipped + results.skipped
+    aliases = plan.aliases + results.aliases
+    decomposed = sum(math.prod(matrix.shape) for matrix in results.matrices)
+    passed = sum(math.prod(s.shape) for s in skipped) + sum(math.prod(a.shape) for a in aliases if a.stored)
+    assert decomposed + passed == plan.parameters, "every stored parameter must be accounted for"
+    fraction = decomposed / plan.parameters if plan.parameters else 0.0
+    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, plan.notes)

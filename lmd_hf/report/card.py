@@ -1,0 +1,112 @@
+"""The model-card section: Markdown made from the report alone."""
+
+import re
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from lmd_hf.records import MatrixReport
+from lmd_hf.report.findings import noise_ratio
+from lmd_hf.report.text import ROLE_COLUMNS, by_role, coverage_line, matrix_label, role_row, rounded
+
+
+if TYPE_CHECKING:
+    from lmd_hf.report.report import Report
+
+EXTREMES = 3
+
+
+def section(report: "Report") -> str:
+    """The whole section, from its heading to what it does not say; ends with a newline."""
+    parts = [
+        "## Layer Matrix Decomposition",
+        _reading(report),
+        f"**Coverage:** {escape(coverage_line(report.coverage))}.",
+        "".join(f"- {escape(note)}\n" for note in report.coverage.notes),
+        _roles(report),
+        _extremes(report),
+        _findings(report),
+        _reproduce(report),
+        "**What this does not say.** These numbers come from the weights alone. They do not measure quality, safety or "
+        "accuracy, and a capacity is a theoretical bound under its model's assumptions (random patterns, a polynomial "
+        "energy), not a count of what the model remembers.",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text from a repository as inert Markdown: no HTML, no links, no table cells, no line breaks, no markers."""
+    flat = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", flat)
+
+
+def _reading(report: "Report") -> str:
+    count = len(report.matrices)
+    metric = report.settings["metric"]
+    spectrum = "its singular values" if metric == "identity" else f"its singular values in the `{metric}` metric"
+    return (
+        f"Each of {count} weight matrices is read as five factors, `W = U · Odist · S' · Idist · Vᵀ` "
+        "([arXiv 2309.05968](https://arxiv.org/abs/2309.05968)): what it listens for (V), how sharply it separates "
+        f"(S', here {spectrum}) and where it writes (U). The latent dimension is how many of those directions stand "
+        "above the matrix's own noise (where none does: how many hold 90 % of its energy), and the effective rank how "
+        "many carry weight at all."
+    )
+
+
+def _roles(report: "Report") -> str:
+    rows = [[escape(cell) for cell in role_row(*item)] for item in by_role(report.matrices)]
+    return tabulate(rows, headers=ROLE_COLUMNS, tablefmt="pipe", disable_numparse=True) + (
+        "\n\nMedian over the matrices of a role, with the least and the largest in brackets."
+    )
+
+
+def _extremes(report: "Report") -> str:
+    ranked = sorted(((ratio, m) for m in report.matrices if (ratio := noise_ratio(m)) is not None), key=lambda i: i[0])
+    if len(ranked) < 2 * EXTREMES:
+        return ""
+    return (
+        f"**Most compressed** (participation ratio, against noise of the same shape): "
+        f"{_listed(ranked[:EXTREMES])}.  \n**Least compressed:** {_listed(ranked[: -EXTREMES - 1 : -1])}."
+    )
+
+
+def _listed(items: list[tuple[float, MatrixReport]]) -> str:
+    return ", ".join(
+        f"{escape(_where(matrix))} ({rounded(1)(matrix.participation_ratio)} of {min(matrix.shape)})"
+        for _, matrix in items
+    )
+
+
+def _where(matrix: MatrixReport) -> str:
+    label = matrix_label(matrix)
+    return label if matrix.layer is None else f"layer {matrix.layer} {label}"
+
+
+def _findings(report: "Report") -> str:
+    lines = [
+        f"- *{finding.signature}*: {finding.status}"
+        + ("" if finding.status == "not found" else f" — {escape(finding.text)}")
+        + (
+            ""
+            if finding.threshold is None
+            else f" (measure: {escape(finding.measure)}; threshold {finding.threshold:g})"
+        )
+        for finding in report.findings
+    ]
+    return "\n".join([*lines, f"- *convergence*: {report.convergence['verdict']}"])
+
+
+def _reproduce(report: "Report") -> str:
+    model, settings = report.model, report.settings
+    options = "".join(
+        f" --{name} {','.join(value) if isinstance(value, list) else value}"
+        for name, value in settings.items()
+        if value and name != "device" and value not in ("identity", "auto")
+    )
+    pinned = f" --revision {model.commit}" if model.commit else ""
+    command = f"lmd-hf analyze {model.id}{pinned}{options}".replace("`", "").replace("\n", " ")
+    worst = max((m.error_bound for m in report.matrices), default=0.0)
+    return (
+        f"**Reproduce:** `{command}` (lmd_hf {report.lmd_hf}). Every singular value above 10⁻⁶ of the "
+        f"largest is within {worst:.0e} of its exact value, relatively."
+    )

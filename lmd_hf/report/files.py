@@ -1,0 +1,88 @@
+"""Reports on disk: everything is written beside its place and renamed into it, so nothing is ever half there."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from lmd_hf.errors import OutputError, SourceError
+from lmd_hf.report.report import Report
+
+
+Writer = Callable[[Path], None]
+JSON, PARQUET = "report.json", "matrices.parquet"
+
+
+def write_folder(folder: Path, writers: Mapping[str, Writer]) -> None:
+    """Run each writer on a path in a temporary folder beside `folder`, then rename the files into it.
+
+    If anything fails (disk full, no permission), `folder` is as it was and `OutputError` says why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".lmd-", dir=folder))
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
+    try:
+        for name, write in writers.items():
+            write(scratch / name)
+        for name in writers:
+            os.replace(scratch / name, folder / name)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder} ({error.strerror or error}); free some space or choose another --out"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def text_writer(text: str) -> Writer:
+    """A writer of UTF-8 text."""
+    return lambda path: _write_text(path, text)
+
+
+def report_writers(report: Report) -> dict[str, Writer]:
+    """The two files of a report."""
+    return {JSON: text_writer(report.to_json()), PARQUET: lambda path: _write_parquet(report, path)}
+
+
+def read_report(folder: Path) -> Report:
+    """Read a folder (or report.json itself); spectra come whole from matrices.parquet where it is there."""
+    path = folder / JSON if folder.is_dir() else folder
+    try:
+        report = Report.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"{path}: cannot read a report there ({error}); `lmd-hf analyze MODEL --out DIR` writes one"
+        ) from None
+    table = path.parent / PARQUET
+    if not table.is_file():
+        return report
+    columns = pyarrow.parquet.read_table(table, columns=["name", "part", "singular_values"]).to_pylist()
+    spectra = {(row["name"], row["part"]): np.array(row["singular_values"], dtype=np.float64) for row in columns}
+    matrices = []
+    for matrix in report.matrices:
+        whole = spectra.get((matrix.name, matrix.part))
+        if whole is not None and len(whole) == min(matrix.shape):
+            whole.flags.writeable = False
+            matrix = replace(matrix, singular_values=whole, singular_value_ranks=None)
+        matrices.append(matrix)
+    return replace(report, matrices=tuple(matrices))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_parquet(report: Report, path: Path) -> None:
+    whole = [matrix.singular_values.tolist() for matrix in report.matrices]
+    rows = [{**row, "singular_values": values} for row, values in zip(report.to_dict()["matrices"], whole, strict=True)]
+    for row in rows:
+        del row["singular_value_ranks"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

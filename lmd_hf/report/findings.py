@@ -1,0 +1,62 @@
+"""The paper's failure signatures, each with its measure, its threshold and the matrices that show it.
+
+The paper (arXiv 2309.05968) names three; the measures and thresholds are this project's, calibrated on pure noise.
+"""
+
+from lmd_hf.matrix.noise import NOISE_FIT
+from lmd_hf.records import Finding, MatrixReport
+
+
+SLOW_DECAY = 0.9  # of the participation ratio of an i.i.d. matrix of the same shape, k/(1+β)
+
+
+def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) -> tuple[Finding, ...]:
+    """All signatures, found or not. `slow_decay` is the share of noise's participation ratio that counts as slow."""
+    slow = tuple(label(m) for m in matrices if (ratio := noise_ratio(m)) is not None and ratio >= slow_decay)
+    raw = tuple(label(m) for m in matrices if looks_untrained(m))
+    total = len(matrices)
+    return (
+        Finding(
+            "slow decay",
+            "found" if slow else "not found",
+            f"{len(slow)} of {total} matrices spread their energy almost as evenly as noise: no low-rank structure",
+            "participation ratio / that of i.i.d. noise of the same shape, k/(1+β)",
+            slow_decay,
+            slow,
+        ),
+        Finding(
+            "high intrinsic dimension",
+            "not measured",
+            "needs activations; weights alone do not tell the dimension of the data",
+            "intrinsic dimension of the input",
+            None,
+            (),
+        ),
+        Finding(
+            "not converged",
+            "found" if raw else "not found",
+            f"{len(raw)} of {total} matrices cannot be told from i.i.d. noise, as at initialisation",
+            "no spikes above the noise edge, and Kolmogorov–Smirnov distance to Marchenko–Pastur below threshold / k",
+            NOISE_FIT,
+            raw,
+        ),
+    )
+
+
+def noise_ratio(matrix: MatrixReport) -> float | None:
+    """Participation ratio over k/(1+β), what i.i.d. noise of the same shape has; `None` for a single singular value."""
+    short, long = min(matrix.shape), max(matrix.shape)
+    if matrix.participation_ratio is None or short < 2:
+        return None
+    return matrix.participation_ratio * (1 + short / long) / short
+
+
+def looks_untrained(matrix: MatrixReport) -> bool:
+    """Indistinguishable from an i.i.d. matrix: no spikes, and a bulk closer to Marchenko–Pastur than 6/k."""
+    distance = matrix.mp_fit_distance
+    return matrix.mp_spikes == 0 and distance is not None and distance < NOISE_FIT / min(matrix.shape)
+
+
+def label(matrix: MatrixReport) -> str:
+    """Name and part: what tells one row from every other."""
+    return f"{matrix.name} [{matrix.part}]" if matrix.part else matrix.name

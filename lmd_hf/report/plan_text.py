@@ -1,0 +1,71 @@
+"""A plan as text and as JSON types."""
+
+import math
+from collections import Counter
+from typing import Any
+
+from tabulate import tabulate
+
+from lmd_hf.records import Plan
+from lmd_hf.report.text import percent, reasons
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """What would be done, what would not and why, as JSON types."""
+    return {
+        "model": {
+            "id": plan.identity.id,
+            "revision": plan.identity.revision,
+            "commit": plan.identity.commit,
+            "model_type": plan.identity.model_type,
+        },
+        "parameters": plan.parameters,
+        "decomposed": _planned(plan),
+        "flops": sum(work.flops for work in plan.works),
+        "largest_bytes": max((work.bytes for work in plan.works), default=0),
+        "matrices": [
+            {
+                "name": work.ref.name,
+                "part": work.ref.part,
+                "stack": work.ref.stack,
+                "block": work.ref.block,
+                "role": work.ref.role,
+                "layer": work.ref.layer,
+                "shape": list(work.ref.shape),
+                "dtype": work.ref.dtype,
+                "stored": work.ref.stored,
+                "kernel": work.kernel,
+                "norm": work.ref.norm.tensor.name if work.ref.norm else None,
+                "flops": work.flops,
+                "bytes": work.bytes,
+            }
+            for work in plan.works
+        ],
+        "skipped": [{"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in plan.skipped],
+        "aliases": [{"name": a.name, "of": a.of, "shape": list(a.shape), "stored": a.stored} for a in plan.aliases],
+        "notes": list(plan.notes),
+    }
+
+
+def plan_to_text(plan: Plan, *, brief: bool = False) -> str:
+    """A line of totals, the coverage to expect, and one row for each role and shape."""
+    flops = sum(work.flops for work in plan.works)
+    lines = [
+        f"{plan.identity.id}: {len(plan.works)} matrices, {_planned(plan):,} of {plan.parameters:,} parameters "
+        f"({percent(_planned(plan) / plan.parameters if plan.parameters else 0)}), {flops / 1e9:,.1f} GFLOP",
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    if plan.skipped:
+        lines.append(f"skipped: {reasons(plan.skipped)}")
+    if not brief:
+        rows = Counter((w.ref.stack, w.ref.block, w.ref.role, w.ref.shape, w.ref.dtype, w.kernel) for w in plan.works)
+        table = [
+            (" ".join(filter(None, (stack, block, role))), f"{shape[0]} × {shape[1]}", count, dtype, kernel)
+            for (stack, block, role, shape, dtype, kernel), count in rows.items()
+        ]
+        lines += ["", tabulate(table, headers=("role", "shape", "matrices", "stored as", "kernel"))]
+    return "\n".join(lines)
+
+
+def _planned(plan: Plan) -> int:
+    return sum(math.prod(work.ref.shape) for work in plan.works)

@@ -1,0 +1,194 @@
+"""The report: a frozen value that holds every number and renders itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmd_hf.errors import FormatError
+from lmd_hf.records import Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped, WeightFile
+
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+SCHEMA = "lmd-report/1"
+KEPT_VALUES = 512  # singular values of a matrix in report.json; matrices.parquet has all of them
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured on one model. The only truth: text, tables, figures and cards read nothing else."""
+
+    schema: str
+    lmd_hf: str
+    model: ModelIdentity
+    settings: dict[str, Any]
+    coverage: Coverage
+    matrices: tuple[MatrixReport, ...]
+    heads: tuple[dict[str, Any], ...]
+    findings: tuple[Finding, ...]
+    convergence: dict[str, Any]
+    environment: dict[str, Any]
+    timing: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.summary()}\n\n{self.table()}"
+
+    def summary(self) -> str:
+        """What was found, in a few plain lines: coverage, key figures by role, findings, convergence."""
+        from lmd_hf.report import text
+
+        return text.summary(self)
+
+    def table(self, *, limit: int | None = None) -> str:
+        """One line a matrix, for a terminal; `limit` keeps the first lines and says how many follow."""
+        from lmd_hf.report import text
+
+        return text.table(self, limit=limit)
+
+    def card(self) -> str:
+        """The model-card section, Markdown."""
+        from lmd_hf.report import card
+
+        return card.section(self)
+
+    def plot(self, folder: str | Path | None = None) -> dict[str, Figure]:
+        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role; written as PNG if a folder is given."""
+        from lmd_hf.report import plots
+
+        figures = plots.figures(self)
+        if folder is not None:
+            from lmd_hf.report.files import write_folder
+
+            write_folder(Path(folder), {f"{name}.png": plots.writer(figure) for name, figure in figures.items()})
+        return figures
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a matrix, one column a number; `singular_values` holds an array."""
+        import pandas
+
+        names = [field.name for field in dataclasses.fields(MatrixReport)]
+        return pandas.DataFrame([{n: getattr(m, n) for n in names} for m in self.matrices], columns=names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types, in the schema `lmd-report/1`; spectra longer than 512 are thinned evenly."""
+        result = {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "matrices"
+        }
+        result["matrices"] = [_matrix_to_dict(matrix) for matrix in self.matrices]
+        return {field.name: result[field.name] for field in dataclasses.fields(self)}
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The report back from its JSON types. `FormatError` if they are not of this schema."""
+        if values.get("schema") != SCHEMA:
+            raise FormatError(
+                f"schema is '{values.get('schema')}', this version reads '{SCHEMA}'; make the report again"
+            )
+        try:
+            return cls(**{**values, **_records(values)})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"not a complete {SCHEMA} report ({error}); make it again") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report back from `to_json`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise FormatError(f"not a report: invalid JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise FormatError("not a report: the JSON is no object")
+        return cls.from_dict(values)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json` and `matrices.parquet` (with whole spectra); all or nothing. Raises `OutputError`."""
+        from lmd_hf.report.files import report_writers, write_folder
+
+        write_folder(Path(folder), report_writers(self))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """The report that `save` wrote, with whole spectra if `matrices.parquet` is there."""
+        from lmd_hf.report.files import read_report
+
+        return read_report(Path(folder))
+
+    def _repr_html_(self) -> str:
+        from lmd_hf.report import text
+
+        return text.html(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _matrix_to_dict(matrix: MatrixReport) -> dict[str, Any]:
+    values, ranks = matrix.singular_values, matrix.singular_value_ranks
+    if ranks is None and len(values) > KEPT_VALUES:
+        ranks = tuple(int(rank) for rank in np.linspace(1, len(values), KEPT_VALUES).round())
+        values = values[np.array(ranks) - 1]
+    plain = {
+        field.name: _plain(getattr(matrix, field.name))
+        for field in dataclasses.fields(matrix)
+        if not field.name.startswith("singular_value")
+    }
+    return {**plain, "singular_value_ranks": None if ranks is None else list(ranks), "singular_values": values.tolist()}
+
+
+def _matrix_from_dict(values: dict[str, Any]) -> MatrixReport:
+    ranks = values["singular_value_ranks"]
+    spectrum = np.array(values["singular_values"], dtype=np.float64)
+    spectrum.flags.writeable = False
+    return MatrixReport(
+        **{
+            **values,
+            "shape": tuple(values["shape"]),
+            "singular_value_ranks": None if ranks is None else tuple(ranks),
+            "singular_values": spectrum,
+        }
+    )
+
+
+def _records(values: dict[str, Any]) -> dict[str, Any]:
+    model, coverage = values["model"], values["coverage"]
+    return {
+        "model": ModelIdentity(
+            **{
+                **model,
+                "architectures": tuple(model["architectures"]),
+                "files": tuple(WeightFile(**file) for file in model["files"]),
+            }
+        ),
+        "coverage": Coverage(
+            **{
+                **coverage,
+                "skipped": tuple(Skipped(**{**s, "shape": tuple(s["shape"])}) for s in coverage["skipped"]),
+                "aliases": tuple(Alias(**{**a, "shape": tuple(a["shape"])}) for a in coverage["aliases"]),
+                "notes": tuple(coverage["notes"]),
+            }
+        ),
+        "matrices": tuple(_matrix_from_dict(matrix) for matrix in values["matrices"]),
+        "heads": tuple(values["heads"]),
+        "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
+    }

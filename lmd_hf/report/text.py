@@ -1,0 +1,150 @@
+"""A report as plain text and as HTML."""
+
+import html as markup
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from lmd_hf.records import Coverage, MatrixReport, Skipped
+
+
+if TYPE_CHECKING:
+    from lmd_hf.report.report import Report
+
+COLUMNS = (
+    "layer",
+    "matrix",
+    "shape",
+    "effective rank",
+    "latent dim",
+    "stable rank",
+    "spikes",
+    "capacity",
+    "error bound",
+)
+
+
+def summary(report: "Report") -> str:
+    """Coverage, key figures by role, findings and convergence."""
+    lines = [
+        f"{report.model.id}{f' @ {report.model.commit[:12]}' if report.model.commit else ''}",
+        coverage_line(report.coverage),
+        *(f"note: {note}" for note in report.coverage.notes),
+        "",
+        tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),
+        "",
+        *(f"{f.signature}: {f.status} ({f.text})" for f in report.findings),
+        f"convergence: {report.convergence['verdict']}",
+    ]
+    return "\n".join(lines)
+
+
+def coverage_line(coverage: Coverage) -> str:
+    """How many of the stored parameters were decomposed, and why the others were not."""
+    line = f"{coverage.decomposed:,} of {coverage.parameters:,} parameters decomposed ({percent(coverage.fraction)})"
+    if coverage.skipped:
+        size = coverage.parameters - coverage.decomposed
+        line += f"; skipped {size:,}: {reasons(coverage.skipped)}"
+    if coverage.aliases:
+        line += f"; tied: {', '.join(f'{a.name} = {a.of}' for a in coverage.aliases)}"
+    return line
+
+
+def reasons(skipped: Iterable[Skipped], most: int = 4) -> str:
+    """`64 vector, 2 not selected, …`, the commonest first."""
+    counts = Counter(_short(item.reason) for item in skipped).most_common()
+    shown = ", ".join(f"{count} {reason}" for reason, count in counts[:most])
+    return shown if len(counts) <= most else f"{shown}, {sum(c for _, c in counts[most:])} for other reasons"
+
+
+def _short(reason: str) -> str:
+    return "companion" if reason.startswith("companion of ") else reason
+
+
+def percent(fraction: float) -> str:
+    """A share that says 100 % only when nothing is missing."""
+    return "100 %" if fraction == 1 else f"{min(fraction * 100, 99.99):.2f} %"
+
+
+ROLE_COLUMNS = ("role", "matrices", "effective rank", "latent dim", "stable rank", "capacity (log10)")
+
+
+def by_role(matrices: Iterable[MatrixReport]) -> list[tuple[str, list[MatrixReport]]]:
+    """Matrices grouped by stack, block and role, in order of appearance."""
+    groups: dict[str, list[MatrixReport]] = {}
+    for matrix in matrices:
+        groups.setdefault(" ".join(filter(None, (matrix.stack, matrix.block, matrix.role))), []).append(matrix)
+    return list(groups.items())
+
+
+def role_row(role: str, matrices: list[MatrixReport]) -> tuple[str, ...]:
+    """Median and range over the matrices of one role."""
+    return (
+        role,
+        str(len(matrices)),
+        spread([m.effective_rank for m in matrices], rounded(1)),
+        spread([m.latent_dim for m in matrices], rounded(0)),
+        spread([m.stable_rank for m in matrices], rounded(1)),
+        spread([m.capacity_log10 for m in matrices], rounded(2)),
+    )
+
+
+def spread(values: Iterable[float | None], show: Callable[[float | None], str]) -> str:
+    """`median (least–most)`, `–` where there is no number at all."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    middle = show(statistics.median(known))
+    return middle if len(known) == 1 else f"{middle} ({show(min(known))}–{show(max(known))})"
+
+
+def rounded(digits: int) -> Callable[[float | None], str]:
+    """A formatter with that many decimals; `–` for no number."""
+    return lambda value: "–" if value is None else f"{value:,.{digits}f}"
+
+
+def table(report: "Report", *, limit: int | None = None) -> str:
+    """One line a matrix."""
+    shown = report.matrices[:limit] if limit is not None else report.matrices
+    text = tabulate([matrix_row(m) for m in shown], headers=COLUMNS, disable_numparse=True)
+    rest = len(report.matrices) - len(shown)
+    return f"{text}\n… and {rest} more" if rest else text
+
+
+def matrix_row(matrix: MatrixReport) -> tuple[str, ...]:
+    """The cells of `COLUMNS`."""
+    return (
+        "" if matrix.layer is None else str(matrix.layer),
+        matrix_label(matrix),
+        f"{matrix.shape[0]} × {matrix.shape[1]}",
+        rounded(1)(matrix.effective_rank),
+        rounded(0)(matrix.latent_dim),
+        rounded(1)(matrix.stable_rank),
+        rounded(0)(matrix.mp_spikes),
+        "–" if matrix.capacity_log10 is None else f"10^{matrix.capacity_log10:.2f}",
+        f"{matrix.error_bound:.0e}",
+    )
+
+
+def matrix_label(matrix: MatrixReport) -> str:
+    """`attention q`, `moe up expert 3`; outside the blocks the tensor's own name."""
+    if not matrix.block:
+        return matrix.name.removesuffix(".weight")
+    expert = matrix.part if matrix.part.startswith("expert") else ""
+    expert = " ".join(word for word in expert.split() if word not in ("gate", "up"))
+    return " ".join(filter(None, (matrix.stack, matrix.block, matrix.role, expert)))
+
+
+def html(report: "Report") -> str:
+    """For notebooks: the coverage line, the roles and every matrix, all names escaped."""
+    roles = tabulate(
+        [role_row(*i) for i in by_role(report.matrices)], headers=ROLE_COLUMNS, tablefmt="html", disable_numparse=True
+    )
+    rows = tabulate([matrix_row(m) for m in report.matrices], headers=COLUMNS, tablefmt="html", disable_numparse=True)
+    return (
+        f"<h4>{markup.escape(report.model.id)}</h4><p>{markup.escape(coverage_line(report.coverage))}</p>{roles}"
+        f"<details><summary>{len(report.matrices)} matrices</summary>{rows}</details>"
+    )

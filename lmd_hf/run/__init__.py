@@ -1,0 +1,1 @@
+"""How many matrices get done: what to do, and doing it."""

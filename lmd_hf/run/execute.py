@@ -1,0 +1,120 @@
+"""Doing the work: the only place where tensors live. One rank is a world of one."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from threadpoolctl import threadpool_limits
+
+from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.records import Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
+from lmd_hf.run.measure import measure
+from lmd_hf.weights.source import Source
+from lmd_hf.weights.stored import read_matrix
+
+
+Outcome = MatrixReport | Skipped | Alias
+MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
+
+
+def execute(plan: Plan, source: Source, *, rank: int = 0, progress: Callable[[Work], None] | None = None) -> Results:
+    """Decompose this rank's share of a plan, most expensive matrix first, and return rows in the plan's order.
+
+    On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
+    matrix that cannot be done becomes `Skipped`; the others go on. `progress` is called, in this thread, after each.
+    """
+    started = time.perf_counter()
+    device = pick_device(plan.settings.device)
+    shard = plan.shards[rank]
+    workers = _workers([plan.works[index] for index in shard], device)
+    outcomes: dict[int, Outcome] = {}
+    with _pool(workers) as pool:
+        futures = {pool.submit(_do, source, plan, plan.works[index], device): index for index in shard}
+        for future in as_completed(futures):
+            outcomes[futures[future]] = future.result()
+            if progress is not None:
+                progress(plan.works[futures[future]])
+    ordered = [outcomes[index] for index in sorted(outcomes)]
+    return Results(
+        matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
+        skipped=tuple(o for o in ordered if isinstance(o, Skipped)),
+        aliases=tuple(o for o in ordered if isinstance(o, Alias)),
+        environment=_environment(device, workers),
+        timing={"execute": time.perf_counter() - started},
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the accelerator if there is one that does float64, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def _workers(works: list[Work], device: torch.device) -> int:
+    if device.type != "cpu" or not works:
+        return 1
+    free = psutil.virtual_memory().available * MEMORY_SHARE
+    fitting = max(1, int(free // max(work.bytes for work in works)))
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+               len(works), fitting)  # fmt: skip
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Worker threads that share the cores. On an interrupt, what has not started is dropped at once."""
+    cores = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
+    with threadpool_limits(limits=max(1, cores // workers)):
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
+
+
+def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome:
+    ref = work.ref
+    try:
+        w = read_matrix(source, ref)
+    except SourceError as error:
+        return Skipped(ref.name, ref.shape, str(error))
+    if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
+        return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
+    bad = int(w.numel() - torch.isfinite(w).sum().item())
+    if bad:
+        part = f"{ref.part}: " if ref.part else ""
+        return Skipped(ref.name, ref.shape, f"{part}holds NaN or infinity ({bad} of {w.numel()} entries)")
+    return measure(source, ref, w.to(device), metric=plan.settings.metric, kernel=work.kernel)
+
+
+def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
+    """The matrix that `ref` is tied to, in the orientation of `ref`."""
+    of = next(tensor for tensor in source.tensors if tensor.name == ref.tied_to)
+    value = source.read(of)
+    return value.T if ref.transposed else value
+
+
+def _environment(device: torch.device, workers: int) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processes": 1,
+        "threads": workers,
+    }

@@ -1,0 +1,100 @@
+"""What will be done, from headers alone: selection, kernel, cost and shards. Pure."""
+
+import fnmatch
+import heapq
+
+from lmd_hf.errors import SettingsError
+from lmd_hf.records import ROLES, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+
+
+METRICS = ("identity", "norm")
+KERNELS = {"auto": "exact", "exact": "exact"}
+EIGEN_FLOPS = 4 / 3  # reduction of a k × k symmetric matrix to tridiagonal form: 4/3 k³ (Golub & Van Loan, §8.3.1)
+
+
+def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
+    """Which matrices are done, at what cost, by which of `world_size` ranks (longest processing time first).
+
+    Unselected matrices become `Skipped` with the reason `not selected`. Raises `SettingsError` for an unknown role,
+    metric or kernel, a layer list that cannot be read, and a selection that leaves nothing.
+    """
+    _check(settings)
+    layers = _wanted_layers(settings.layers, inventory)
+    chosen = [ref for ref in inventory.selected if _is_chosen(ref, settings, layers)]
+    if inventory.selected and not chosen:
+        raise SettingsError(
+            f"the selection leaves no matrix: roles {settings.roles or 'all'}, layers '{settings.layers or 'all'}', "
+            f"match '{settings.match or '*'}'; `lmd-hf plan` lists what there is"
+        )
+    kept = set(map(id, chosen))
+    unselected = [Skipped(ref.name, ref.shape, "not selected") for ref in inventory.selected if id(ref) not in kept]
+    works = tuple(_work(ref, settings) for ref in chosen)
+    return Plan(
+        identity=identity,
+        settings=settings,
+        works=works,
+        shards=_shards(works, world_size),
+        skipped=inventory.skipped + tuple(unselected),
+        aliases=inventory.aliases,
+        parameters=inventory.parameters,
+        notes=inventory.notes,
+    )
+
+
+def _check(settings: Settings) -> None:
+    for kind, values, known in (
+        ("role", settings.roles, ROLES),
+        ("metric", (settings.metric,), METRICS),
+        ("kernel", (settings.kernel,), tuple(KERNELS)),
+    ):
+        for value in values:
+            if value not in known:
+                raise SettingsError(f"no {kind} '{value}'; known: {', '.join(known)}")
+
+
+def _wanted_layers(text: str, inventory: Inventory) -> set[int] | None:
+    """`0-3,-1` as a set of layer indices; a negative one counts from the last layer. `None` for all."""
+    if not text:
+        return None
+    count = 1 + max((ref.layer for ref in inventory.selected if ref.layer is not None), default=-1)
+    wanted: set[int] = set()
+    for piece in text.split(","):
+        start, dash, stop = (
+            piece.strip().partition("-") if not piece.strip().startswith("-") else (piece.strip(), "", "")
+        )
+        try:
+            first, last = int(start), int(stop) if dash else int(start)
+        except ValueError:
+            raise SettingsError(f"cannot read layers '{text}'; write numbers and ranges such as 0-3,-1") from None
+        wanted |= {index + count if index < 0 else index for index in range(first, last + 1)}
+    return wanted
+
+
+def _is_chosen(ref: MatrixRef, settings: Settings, layers: set[int] | None) -> bool:
+    return (
+        (not settings.roles or ref.role in settings.roles)
+        and (layers is None or ref.layer in layers)
+        and (not settings.match or fnmatch.fnmatchcase(ref.name, settings.match))
+    )
+
+
+def _work(ref: MatrixRef, settings: Settings) -> Work:
+    """Cost of the exact kernel: half of the Gram product (it is symmetric) and the eigenvalues of a k × k matrix."""
+    short, long = min(ref.shape), max(ref.shape)
+    flops = long * short**2 + EIGEN_FLOPS * short**3
+    entry = 8 if ref.dtype == "F64" else 4
+    memory = entry * short * long + 3 * 8 * short**2
+    if settings.metric == "norm" and ref.norm is not None:
+        flops, memory = 2 * flops, memory + 8 * short * long
+    return Work(ref, KERNELS[settings.kernel], flops, memory)
+
+
+def _shards(works: tuple[Work, ...], world_size: int) -> tuple[tuple[int, ...], ...]:
+    """Longest processing time first: always give the next most expensive matrix to the least loaded rank."""
+    loads = [(0.0, rank) for rank in range(world_size)]
+    shards: list[list[int]] = [[] for _ in range(world_size)]
+    for index in sorted(range(len(works)), key=lambda i: (-works[i].flops, i)):
+        load, rank = heapq.heappop(loads)
+        shards[rank].append(index)
+        heapq.heappush(loads, (load + works[index].flops, rank))
+    return tuple(map(tuple, shards))

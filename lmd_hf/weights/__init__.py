@@ -1,0 +1,1 @@
+"""Where matrices come from: names, files, stored formats; no linear algebra."""

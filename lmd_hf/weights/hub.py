@@ -1,0 +1,133 @@
+"""A Hub repository as a source: pinned once to a commit, headers by HTTP range, shards downloaded when first read."""
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from lmd_hf import __version__
+from lmd_hf.compat import connection_errors, resolve_commit
+from lmd_hf.errors import SourceError
+from lmd_hf.records import TensorRef, WeightFile
+from lmd_hf.weights.header import read_header
+from lmd_hf.weights.source import (
+    INDEX,
+    FileSource,
+    make_identity,
+    open_folder,
+    read_config,
+    read_local_header,
+    shard_names,
+    unique,
+    weight_files,
+)
+
+
+FIRST_BYTES = 100_000  # 97 % of safetensors headers are shorter (huggingface_hub, parse_safetensors_file_metadata)
+
+
+def open_repository(
+    repo_id: str, *, revision: str | None = None, subfolder: str = "", token: str | bool | None = None
+) -> FileSource:
+    """A model repository at the commit that `revision` means now.
+
+    Opening downloads config.json, the index and headers only. Offline, the cached snapshot is used. Raises
+    `SourceError` with the remedy for a repository that is missing, private, gated or out of reach.
+    """
+    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    try:
+        return _open(api, repo_id, revision, subfolder)
+    except GatedRepoError:
+        raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise SourceError(f"{repo_id}: no revision '{revision}'; see the branches on its page") from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"{repo_id}: no such folder, and no such Hub repository (if private: `hf auth login`)"
+        ) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, *connection_errors()):
+        return _open_cached(repo_id, revision, subfolder)
+    except HfHubHTTPError as error:
+        raise SourceError(f"{repo_id}: the Hub answered {error.response.status_code}; try again later") from None
+
+
+def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str) -> FileSource:
+    commit = resolve_commit(api, repo_id, revision)
+    if constants.is_offline_mode():
+        return _open_cached(repo_id, commit, subfolder)
+    prefix = f"{subfolder}/" if subfolder else ""
+    entries = api.list_repo_tree(repo_id, path_in_repo=subfolder or None, revision=commit)
+    sizes = {e.path.removeprefix(prefix): e for e in entries if hasattr(e, "size")}
+
+    def locate(name: str) -> Path:
+        with _DOWNLOADING:  # two workers that need the same shard fetch it once
+            return Path(hf_hub_download(repo_id, prefix + name, revision=commit, token=api.token))
+
+    names = weight_files(sorted(sizes), repo_id)
+    if INDEX in names:
+        names = shard_names(locate(INDEX).read_bytes(), f"{repo_id}/{INDEX}")
+        if absent := [name for name in names if name not in sizes]:
+            raise SourceError(f"{repo_id}: its index names shards that are absent, first '{absent[0]}'; ask its owner")
+    config = read_config(locate("config.json")) if "config.json" in sizes else None
+    files: list[WeightFile] = []
+    tensors: list[TensorRef] = []
+    for name in names:
+        entry = sizes[name]
+        files.append(WeightFile(name, entry.size, entry.lfs.sha256 if entry.lfs else None))
+        tensors += _header(api, repo_id, prefix + name, name, commit, entry.size)
+    identity = make_identity(repo_id, revision, commit, config, files)
+    return FileSource(identity, config, unique(tensors), locate)
+
+
+_DOWNLOADING = threading.Lock()
+
+
+def _header(api: HfApi, repo_id: str, path: str, name: str, commit: str, size: int) -> tuple[TensorRef, ...]:
+    cached = try_to_load_from_cache(repo_id, path, revision=commit)
+    if isinstance(cached, str):
+        return read_local_header(Path(cached), name)
+    return read_header(name, size, _ranges(api, hf_hub_url(repo_id, path, revision=commit)))
+
+
+def _ranges(api: HfApi, url: str) -> Callable[[int, int], bytes]:
+    """A reader of byte ranges of a remote file that asks for the first 100 kB once."""
+    headers = build_hf_headers(token=api.token, library_name="lmd-hf", library_version=__version__)
+    session: Any = get_session()
+
+    def fetch(start: int, stop: int) -> bytes:
+        answer = session.get(
+            url,
+            headers={**headers, "Range": f"bytes={start}-{stop - 1}"},
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+        )
+        hf_raise_for_status(answer)
+        return bytes(answer.content if answer.status_code == 206 else answer.content[start:stop])
+
+    first = fetch(0, FIRST_BYTES)
+    return lambda start, stop: first[start:stop] if stop <= len(first) else fetch(start, stop)
+
+
+def _open_cached(repo_id: str, revision: str | None, subfolder: str) -> FileSource:
+    """The snapshot in the cache, when the Hub is out of reach."""
+    known = try_to_load_from_cache(repo_id, f"{subfolder}/config.json".lstrip("/"), revision=revision)
+    folder = Path(known).parent if isinstance(known, str) else None
+    if folder is None:
+        raise SourceError(f"{repo_id}: not in the cache and the Hub cannot be reached; connect, or give a local folder")
+    source = open_folder(folder, identifier=repo_id)
+    snapshot = re.search(r"snapshots/([0-9a-f]{40})", folder.as_posix())
+    commit = snapshot.group(1) if snapshot else None
+    identity = make_identity(repo_id, revision, commit, source.config, list(source.identity.files))
+    return FileSource(identity, source.config, source.tensors, source.locate)

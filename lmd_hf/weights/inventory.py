@@ -1,0 +1,296 @@
+"""Every stored parameter of a model, exactly once: a matrix to decompose, something skipped with its reason, or an
+alias. Reads headers only."""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+from lmd_hf.records import ROLES as ROLE_ORDER
+from lmd_hf.records import Alias, Inventory, MatrixRef, NormRef, Skipped, TensorRef
+from lmd_hf.weights.adapter import Place, Tree, read_tree
+from lmd_hf.weights.families import (
+    Config,
+    Role,
+    fact,
+    family_fact,
+    find_fused,
+    find_norm_paths,
+    find_role,
+    stack_words,
+)
+from lmd_hf.weights.source import Source
+
+
+READABLE = {"F64", "F32", "F16", "BF16"}
+OTHER = Role("", "other")
+
+
+def list_matrices(source: Source) -> Inventory:
+    """The inventory of a source: selected + skipped + stored aliases add up to every parameter that is stored."""
+    tree = read_tree(source.tensors, source.config, source.module)
+    context = _Context(source.tensors, tree)
+    selected: list[MatrixRef] = []
+    skipped: list[Skipped] = []
+    for tensor in source.tensors:
+        found = _describe(tensor, context)
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            selected += found
+    selected = _finish_mlps(selected, context)
+    matrices = {ref.name for ref in selected}
+    ties = tree.ties | dict(source.shared)
+    stored = {tensor.name: tensor for tensor in source.tensors}
+    aliases = tuple(
+        Alias(name, of, stored[of].shape, stored=False)
+        for name, of in sorted(ties.items())
+        if name not in stored and of in matrices
+    )
+    selected = sorted((replace(ref, tied_to=ties.get(ref.name)) for ref in selected), key=_reading_order)
+    parameters = sum(math.prod(tensor.shape) for tensor in source.tensors)
+    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, tree.notes)
+
+
+def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
+    """Embeddings first, then layer by layer along the forward pass, then what follows the blocks."""
+    inside = ref.layer is not None
+    place = 1 if inside else 0 if ref.role in ("embed", "conv") else 2
+    experts = ref.expert if ref.expert is not None else 0
+    return (place, ref.stack, ref.layer or 0, ref.block, ROLE_ORDER.index(ref.role), experts, _natural(ref.name))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key in which `experts.10` follows `experts.9`."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+class _Context:
+    """What describing one tensor needs to know of all the others."""
+
+    def __init__(self, tensors: tuple[TensorRef, ...], tree: Tree) -> None:
+        self.tree = tree
+        self.by_path = {tree.places[t.name].path.removesuffix(".weight"): t for t in tensors}
+        paths = [place.path for place in tree.places.values()]
+        self.stacks = _stacks(paths)
+        self.lists = {
+            split[0] for p in paths if (split := _split_block(p)) and (role := find_role(p)) and role.block != ""
+        }
+        encoder_blocks = [
+            (int(m.group(2)), m.group(0)) for p in paths if (m := re.match(r"^(.*\bencoder\.\w+)\.(\d+)(?=\.)", p))
+        ]
+        self.last_encoder = max(encoder_blocks, default=(0, ""))[1]
+
+    def stack(self, path: str) -> str:
+        """The stack that a path belongs to, "" in a model with one stack."""
+        components = path.split(".")
+        return next((s for s in self.stacks if any(word in components for word in stack_words()[s])), "")
+
+    def config(self, path: str) -> Config:
+        """The configuration of the stack that holds `path`."""
+        return self.tree.config.of_stack(self.stack(path))
+
+    def layer(self, path: str) -> int | None:
+        """Index of the block that holds `path`; `None` outside the lists of blocks."""
+        split = _split_block(path)
+        return int(split[1]) if split and split[0] in self.lists else None
+
+
+def _stacks(paths: list[str]) -> list[str]:
+    """The stacks that a model really has: two or more of those whose words appear in its paths as numbered blocks."""
+    found = [
+        stack
+        for stack, words in stack_words().items()
+        if any(re.search(rf"(?:^|\.)(?:{'|'.join(words)})\..*?\d+\.", path) for path in paths)
+    ]
+    modal = [stack for stack in found if stack in ("vision", "text", "audio")]
+    if len(modal) > 1:
+        return modal
+    if {"encoder", "decoder"} <= set(found):
+        return ["encoder", "decoder"]
+    return modal if len(modal) == 1 and len(found) > 1 and "decoder" in found else []
+
+
+def _split_block(path: str) -> tuple[str, str] | None:
+    """(list of blocks, index): `model.layers.3.mlp.up_proj` → (`model.layers`, `3`)."""
+    match = re.match(r"^(.*?)\.(\d+)(?:\.|$)", path)
+    return (match.group(1), match.group(2)) if match else None
+
+
+def _describe(tensor: TensorRef, context: _Context) -> list[MatrixRef] | Skipped:
+    place = context.tree.places[tensor.name]
+    companion = _companion_of(tensor, context)
+    if companion is not None:
+        return Skipped(tensor.name, tensor.shape, f"companion of {companion}")
+    if place.kind == "vector":
+        return Skipped(tensor.name, tensor.shape, "vector")
+    if place.kind == "ignored":
+        return Skipped(tensor.name, tensor.shape, "buffer that the model class itself ignores")
+    if place.kind == "buffer" or math.prod(tensor.shape) == 0:
+        reason = "empty" if math.prod(tensor.shape) == 0 else "buffer, not a weight"
+        wide = sum(size > 1 for size in tensor.shape)
+        return Skipped(tensor.name, tensor.shape, "vector" if wide < 2 and reason != "empty" else reason)
+    if tensor.dtype not in READABLE:
+        return Skipped(tensor.name, tensor.shape, f"stored as {tensor.dtype}: this format is not read yet")
+    return _matrices(tensor, place, context)
+
+
+def _companion_of(tensor: TensorRef, context: _Context) -> str | None:
+    """The weight that a scale or zero point belongs to; `None` for any other tensor."""
+    stem, _, leaf = tensor.name.rpartition(".")
+    if leaf not in fact("companions"):
+        return None
+    names = (f"{stem}.weight", f"{stem}.qweight", f"{stem}.weight_packed", stem)
+    known = context.tree.places
+    return next((name for name in names if name in known), f"{stem}.weight")
+
+
+def _matrices(tensor: TensorRef, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
+    """The matrices inside one readable tensor: one, one an expert, or one a fused part."""
+    path = place.path
+    role = find_role(path) or (Role("", "embed") if place.kind == "embedding" else OTHER)
+    if place.kind in ("conv", "conv_transposed"):
+        role = Role("", "conv")
+    if place.kind == "parameter":
+        return _bare_parameter(tensor, path, context)
+    stacked = place.kind in ("experts", "experts_transposed")
+    if not stacked and len(tensor.shape) != 2 and role.role != "conv":
+        return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
+    base = _base(tensor, place, role, context)
+    if not role.parts:
+        if role.role == "other" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
+            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, context.config(path)))
+        refs = [base]
+    else:
+        rows = _part_rows(base.shape[0], place, role, context.config(path))
+        if rows is None:
+            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, context.config(path)))
+        refs = [_part(base, part, ranges) for part, ranges in zip(role.parts, rows, strict=True)]
+    refs = [replace(ref, norm=_norm(ref, path, context)) for ref in refs]
+    if stacked:
+        refs = [_expert(ref, index) for index in range(tensor.shape[0]) for ref in refs]
+    return refs
+
+
+def _bare_parameter(tensor: TensorRef, path: str, context: _Context) -> list[MatrixRef] | Skipped:
+    """A weight of no known module: a position table (1, N, d) is an embedding; else it is 2-D, or skipped."""
+    wide = tuple(size for size in tensor.shape if size > 1)
+    if len(wide) != 2:
+        return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
+    embed = re.search(r"embed|position", path.rsplit(".", 1)[-1]) is not None
+    place = Place(path, "embedding" if embed else "linear")
+    flat = replace(tensor, shape=wide)
+    return [_base(flat, place, Role("", "embed") if embed else (find_role(path) or OTHER), context)]
+
+
+def _base(tensor: TensorRef, place: Place, role: Role, context: _Context) -> MatrixRef:
+    """The whole stored matrix (of one expert): y = W·x with W of shape (out, in), whatever the order on disk."""
+    transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed")
+    sizes = tensor.shape[1:] if place.kind.startswith("experts") else tensor.shape
+    stored = (sizes[0], math.prod(sizes[1:]))
+    block_layer = context.layer(place.path)
+    return MatrixRef(
+        name=tensor.name,
+        part="",
+        stack=context.stack(place.path),
+        block=role.block,
+        role=role.role,
+        layer=None if role.role == "head" else block_layer,
+        shape=(stored[1], stored[0]) if transposed else stored,
+        dtype=tensor.dtype,
+        stored="plain",
+        tensors=(tensor,),
+        transposed=transposed,
+    )
+
+
+def _part(whole: MatrixRef, role: str, ranges: tuple[tuple[int, int, int], ...]) -> MatrixRef:
+    rows = sum(len(range(*piece)) for piece in ranges)
+    return replace(whole, part=role, role=role, shape=(rows, whole.shape[1]), rows=ranges)
+
+
+def _expert(ref: MatrixRef, index: int) -> MatrixRef:
+    return replace(ref, part=f"expert {index} {ref.part}".rstrip(), expert=index)
+
+
+def _part_rows(out: int, place: Place, role: Role, config: Config) -> list[tuple[tuple[int, int, int], ...]] | None:
+    """Row slices of each part of a fused matrix with `out` rows; `None` where no rule says how it is laid out."""
+    if role.role == "gate_up":
+        if place.interleaved:
+            return [((0, out, 2),), ((1, out, 2),)]
+        return [((0, out // 2, 1),), ((out // 2, out, 1),)] if out % 2 == 0 else None
+    fused = find_fused(place.path, config)
+    if fused is None:
+        return None
+    heads = config.get("num_attention_heads", "n_head", "num_heads")
+    hidden = config.get("hidden_size", "n_embd", "d_model")
+    size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
+    if fused.layout == "concat":
+        queries = heads * size if heads and size else out // 3
+        if (out - queries) <= 0 or (out - queries) % 2:
+            return None
+        values = (out - queries) // 2
+        return [((0, queries, 1),), ((queries, queries + values, 1),), ((queries + values, out, 1),)]
+    if not heads or not size:
+        return None
+    groups = heads if fused.kv_heads == "heads" else config.get("num_kv_heads", "num_key_value_heads") or heads
+    if out != (heads + 2 * groups) * size or heads % groups:
+        return None
+    width = (heads // groups + 2) * size
+    starts = range(0, out, width)
+    return [
+        tuple((s, s + width - 2 * size, 1) for s in starts),
+        tuple((s + width - 2 * size, s + width - size, 1) for s in starts),
+        tuple((s + width - size, s + width, 1) for s in starts),
+    ]
+
+
+def _no_rule(tensor: TensorRef, config: Config) -> str:
+    shape = " × ".join(map(str, tensor.shape))
+    return (
+        f"no rule for '{tensor.name}' ({shape}) of model_type '{config.model_type}'; it looks fused: "
+        "add a [[fused]] row to families.toml (see gpt_neox)"
+    )
+
+
+def _norm(ref: MatrixRef, path: str, context: _Context) -> NormRef | None:
+    """The gain that feeds a matrix, as families.toml names it; `None` where no norm does."""
+    places = {}
+    if split := _split_block(path):
+        places = {"block": f"{split[0]}.{split[1]}", "stack": split[0].rpartition(".")[0]}
+        if int(split[1]) > 0:
+            places["prev"] = f"{split[0]}.{int(split[1]) - 1}"
+        places["sub"] = re.match(r"^(.*\.\d+)(?:\.|$)", path).group(1)  # type: ignore[union-attr]
+    if context.last_encoder:
+        places["last_encoder"] = context.last_encoder
+    config = context.config(path)
+    for candidate in find_norm_paths(path, config, places):
+        if tensor := context.by_path.get(candidate):
+            return NormRef(tensor, family_fact("gain_offset", config) or 0.0)
+    return None
+
+
+def _finish_mlps(refs: list[MatrixRef], context: _Context) -> list[MatrixRef]:
+    """Add activation and gating, which depend on the siblings: a `gate` without an `up` beside it is a plain `up`."""
+    siblings: dict[tuple[str, str], set[str]] = {}
+    for ref in refs:
+        siblings.setdefault(_mlp_key(ref), set()).add(ref.role)
+    result = []
+    for ref in refs:
+        if ref.block in ("mlp", "moe") and ref.role in ("gate", "up", "down"):
+            roles = siblings[_mlp_key(ref)]
+            if ref.role == "gate" and "up" not in roles:
+                ref = replace(ref, role="up")
+            path = context.tree.places[ref.name].path
+            config = context.config(path)
+            activation = family_fact("activation", config) or config.get(*fact("activation_keys"))
+            named = activation if isinstance(activation, str) else None
+            ref = replace(ref, activation=named, gated={"gate", "up"} <= roles)
+        result.append(ref)
+    return result
+
+
+def _mlp_key(ref: MatrixRef) -> tuple[str, str]:
+    """What the matrices of one MLP share: their layer's path and, among experts, the expert's."""
+    split = re.match(r"^(.*\.\d+)\.", ref.name)
+    return (split.group(1) if split else ref.stack, ref.block)
