@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 
+STACKS = ("", "vision", "audio", "text", "encoder", "decoder")  # in the order of the forward pass
 ROLES = ("embed", "conv", "q", "k", "v", "kv", "o", "router", "gate", "up", "down", "ssm", "other", "head")
 
 

@@ -175,13 +175,13 @@ def _guess(tensor: TensorRef, transposed: set[str]) -> Place:
     path = tensor.name.removesuffix(".weight")
     leaf = path.rsplit(".", 1)[-1]
     wide = sum(size > 1 for size in tensor.shape)
-    if leaf.endswith("bias") or len(tensor.shape) < 2 or (len(tensor.shape) > 2 and wide < 2):
+    if tensor.name.endswith("bias") or len(tensor.shape) < 2 or (len(tensor.shape) > 2 and wide < 2):
         return Place(tensor.name, "vector")
     if tensor.dtype == "BOOL" or (tensor.dtype[0] in "IU" and len(tensor.shape) != 2):
         return Place(tensor.name, "buffer")
     role = find_role(path)
     if role is not None and role.role == "embed":
-        return Place(path, "embedding")
+        return Place(path, "embedding" if len(tensor.shape) == 2 else "parameter")
     if len(tensor.shape) == 2:
         return Place(path, "conv1d" if leaf in transposed else "linear")
     if re.search(r"(?:^|\.)experts\.\w+$", path):

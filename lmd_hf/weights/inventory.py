@@ -6,8 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from lmd_hf.records import ROLES as ROLE_ORDER
-from lmd_hf.records import Alias, Inventory, MatrixRef, NormRef, Skipped, TensorRef
+from lmd_hf.records import ROLES, STACKS, Alias, Inventory, MatrixRef, NormRef, Skipped, TensorRef
 from lmd_hf.weights.adapter import Place, Tree, read_tree
 from lmd_hf.weights.families import (
     Config,
@@ -57,7 +56,7 @@ def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
     inside = ref.layer is not None
     place = 1 if inside else 0 if ref.role in ("embed", "conv") else 2
     experts = ref.expert if ref.expert is not None else 0
-    return (place, ref.stack, ref.layer or 0, ref.block, ROLE_ORDER.index(ref.role), experts, _natural(ref.name))
+    return (place, STACKS.index(ref.stack), ref.layer or 0, ref.block, ROLES.index(ref.role), experts, _natural(ref.name))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

