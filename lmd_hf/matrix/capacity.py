@@ -16,7 +16,7 @@ _LARGE = 1e4  # where growth is read off: far enough that x·Φ(x) equals x, nea
 _REACH, _NODES = 12, 48  # N(0,1) beyond 12 is below 1e-31; 48 Gauss–Legendre nodes a unit panel
 
 
-def capacity_log10(dimension: float | None, degree: float) -> float | None:
+def capacity_log10(dimension: float | None, degree: int) -> float | None:
     """log₁₀ K, K = d^{a−1} / (2·(2a−3)!!·ln d): patterns stored without error by a polynomial energy of degree a.
 
     `dimension` d is the participation ratio of S', `degree` a an integer ≥ 2. `None` for d < 3 and where no capacity
@@ -24,7 +24,7 @@ def capacity_log10(dimension: float | None, degree: float) -> float | None:
     """
     if dimension is None or dimension < 3 or degree < 2:
         return None
-    odd_factorial = math.prod(range(1, int(2 * degree - 2), 2))
+    odd_factorial = math.prod(range(1, 2 * degree - 2, 2))
     return (degree - 1) * math.log10(dimension) - math.log10(2 * odd_factorial * math.log(dimension))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lmd_hf.compat import checkpoint_key_map
 from lmd_hf.records import TensorRef
-from lmd_hf.weights.families import Config, find_role
+from lmd_hf.weights.families import Config, fact, find_role
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -180,7 +180,7 @@ def _guess(tensor: TensorRef, transposed: set[str]) -> Place:
     if tensor.dtype == "BOOL" or (tensor.dtype[0] in "IU" and len(tensor.shape) != 2):
         return Place(tensor.name, "buffer")
     role = find_role(path)
-    if role is not None and role.role == "embed":
+    if (role is not None and role.role == "embed") or re.search(fact("looked_up"), path):
         return Place(path, "embedding" if len(tensor.shape) == 2 else "parameter")
     if len(tensor.shape) == 2:
         return Place(path, "conv1d" if leaf in transposed else "linear")

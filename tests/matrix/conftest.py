@@ -1,0 +1,23 @@
+"""Matrices with a spectrum that is chosen, not drawn."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def build():
+    """A function (rows, columns, spectrum or None, seed) → float64 matrix; `None` gives i.i.d. entries of variance 1/n."""
+
+    def make(rows, columns, spectrum=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        if spectrum is None:
+            return normal(rows, columns) / max(rows, columns) ** 0.5
+        k = min(rows, columns)
+        u, v = torch.linalg.qr(normal(rows, k)).Q, torch.linalg.qr(normal(columns, k)).Q
+        return (u * torch.as_tensor(spectrum, dtype=torch.float64)) @ v.T
+
+    return make
