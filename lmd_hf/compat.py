@@ -9,7 +9,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["checkpoint_key_map", "connection_errors", "resolve_commit", "tomllib"]
+__all__ = ["checkpoint_key_map", "resolve_commit", "tomllib", "unreachable_errors"]
 
 
 def checkpoint_key_map(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
@@ -49,10 +49,13 @@ def resolve_commit(api: Any, repo_id: str, revision: str | None) -> str:
     return str(api.model_info(repo_id, revision=revision).sha)
 
 
-def connection_errors() -> tuple[type[Exception], ...]:
-    """What the Hub client's HTTP library raises when there is no answer (httpx under one name or another)."""
+def unreachable_errors() -> tuple[type[Exception], ...]:
+    """What the Hub client raises when there is no answer: its HTTP library's errors, and newer ones of its own."""
+    from huggingface_hub import errors
+
     try:
         from huggingface_hub.utils import httpx
     except ImportError:
         import httpx
-    return (httpx.TransportError,)
+    own = [getattr(errors, name, None) for name in ("RevisionResolutionError", "OfflineModeIsEnabled")]
+    return (httpx.TransportError, errors.LocalEntryNotFoundError, *(error for error in own if error is not None))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lmd_hf.compat import checkpoint_key_map
@@ -15,7 +16,10 @@ from lmd_hf.weights.families import Config, fact, find_role
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What building an unusual configuration raises: a missing class or package, a value it does not understand.
-_BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, OSError)
+_BUILD_ERRORS = (
+    *(ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, OSError),
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A Hub repository as a source: pinned once to a commit, headers by HTTP range, shards downloaded when first read."""
 
-import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,13 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_t
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from lmd_hf import __version__
-from lmd_hf.compat import connection_errors, resolve_commit
+from lmd_hf.compat import resolve_commit, unreachable_errors
 from lmd_hf.errors import SourceError
 from lmd_hf.records import TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
@@ -43,7 +41,7 @@ def open_repository(
 ) -> FileSource:
     """A model repository at the commit that `revision` means now.
 
-    Opening downloads config.json, the index and headers only. Offline, the cached snapshot is used. Raises
+    Opening downloads config.json, the index and headers only; a snapshot that is wholly cached needs no download. Raises
     `SourceError` with the remedy for a repository that is missing, private, gated or out of reach.
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
@@ -57,16 +55,18 @@ def open_repository(
         raise SourceError(
             f"{repo_id}: no such folder, and no such Hub repository (if private: `hf auth login`)"
         ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, *connection_errors()):
-        return _open_cached(repo_id, revision, subfolder)
+    except unreachable_errors():
+        remedy = "connect, or give a local folder"
+        raise SourceError(f"{repo_id}: not (wholly) in the cache and the Hub cannot be reached; {remedy}") from None
     except HfHubHTTPError as error:
         raise SourceError(f"{repo_id}: the Hub answered {error.response.status_code}; try again later") from None
 
 
 def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str) -> FileSource:
     commit = resolve_commit(api, repo_id, revision)
-    if constants.is_offline_mode():
-        return _open_cached(repo_id, commit, subfolder)
+    if folder := _cached_folder(repo_id, commit, subfolder):
+        source = open_folder(folder, identifier=repo_id)
+        return replace(source, identity=replace(source.identity, revision=revision, commit=commit))
     prefix = f"{subfolder}/" if subfolder else ""
     entries = api.list_repo_tree(repo_id, path_in_repo=subfolder or None, revision=commit)
     sizes = {e.path.removeprefix(prefix): e for e in entries if hasattr(e, "size")}
@@ -120,14 +120,14 @@ def _ranges(api: HfApi, url: str) -> Callable[[int, int], bytes]:
     return lambda start, stop: first[start:stop] if stop <= len(first) else fetch(start, stop)
 
 
-def _open_cached(repo_id: str, revision: str | None, subfolder: str) -> FileSource:
-    """The snapshot in the cache, when the Hub is out of reach."""
-    known = try_to_load_from_cache(repo_id, f"{subfolder}/config.json".lstrip("/"), revision=revision)
-    folder = Path(known).parent if isinstance(known, str) else None
-    if folder is None:
-        raise SourceError(f"{repo_id}: not in the cache and the Hub cannot be reached; connect, or give a local folder")
-    source = open_folder(folder, identifier=repo_id)
-    snapshot = re.search(r"snapshots/([0-9a-f]{40})", folder.as_posix())
-    commit = snapshot.group(1) if snapshot else None
-    identity = make_identity(repo_id, revision, commit, source.config, list(source.identity.files))
-    return FileSource(identity, source.config, source.tensors, source.locate)
+def _cached_folder(repo_id: str, commit: str, subfolder: str) -> Path | None:
+    """The folder of the cached snapshot, if the configuration and every weight file that it names are there."""
+
+    def cached(name: str) -> Path | None:
+        path = try_to_load_from_cache(repo_id, f"{subfolder}/{name}".lstrip("/"), revision=commit)
+        return Path(path) if isinstance(path, str) else None
+
+    config, index = cached("config.json"), cached(INDEX)
+    names = ["model.safetensors"] if index is None else shard_names(index.read_bytes(), f"{repo_id}/{INDEX}")
+    complete = config is not None and all(cached(name) is not None for name in names)
+    return config.parent if config is not None and complete else None
