@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -30,6 +31,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        _say(f"lmd-hf: cannot write the output ({error.strerror}); free some space")
+        os._exit(EXIT_ERROR)  # closing stdout in the ordinary way would fail once more
     except KeyboardInterrupt:
         if debug:
             raise

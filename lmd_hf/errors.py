@@ -13,6 +13,10 @@ class FormatError(LmdError):
     """A weight file is truncated, inconsistent or of an unknown kind."""
 
 
+class NoDataError(LmdError):
+    """One tensor of a live model has no data (it is on the meta device); the others may."""
+
+
 class SettingsError(LmdError):
     """A setting has a value outside its range; the text lists the known ones."""
 

@@ -104,7 +104,9 @@ def _reproduce(report: "Report") -> str:
         if value and name != "device" and value not in ("identity", "auto")
     )
     pinned = f" --revision {model.commit}" if model.commit else ""
-    command = f"lmd-hf analyze {model.id}{pinned}{options}".replace("`", "").replace("\n", " ")
+    command = re.sub(
+        r"[`<>|\s]+", " ", f"lmd-hf analyze {model.id}{pinned}{options}"
+    )  # nothing may leave the code span
     worst = max((m.error_bound for m in report.matrices), default=0.0)
     return (
         f"**Reproduce:** `{command}` (lmd_hf {report.lmd_hf}). Every singular value above 10⁻⁶ of the "

@@ -12,7 +12,7 @@ import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
-from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.errors import NoDataError, SettingsError
 from lmd_hf.records import Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.measure import measure
 from lmd_hf.weights.source import Source
@@ -89,7 +89,7 @@ def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome
     ref = work.ref
     try:
         w = read_matrix(source, ref)
-    except SourceError as error:
+    except NoDataError as error:
         return Skipped(ref.name, ref.shape, str(error))
     if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)

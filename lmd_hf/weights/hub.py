@@ -72,8 +72,12 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str) -> Fil
     sizes = {e.path.removeprefix(prefix): e for e in entries if hasattr(e, "size")}
 
     def locate(name: str) -> Path:
-        with _DOWNLOADING:  # two workers that need the same shard fetch it once
-            return Path(hf_hub_download(repo_id, prefix + name, revision=commit, token=api.token))
+        try:
+            with _DOWNLOADING:  # two workers that need the same shard fetch it once
+                return Path(hf_hub_download(repo_id, prefix + name, revision=commit, token=api.token))
+        except (OSError, HfHubHTTPError, *unreachable_errors()) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SourceError(f"{repo_id}: cannot download {name} ({reason}); what has arrived is kept") from None
 
     names = weight_files(sorted(sizes), repo_id)
     if INDEX in names:

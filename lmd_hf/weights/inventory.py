@@ -56,7 +56,15 @@ def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
     inside = ref.layer is not None
     place = 1 if inside else 0 if ref.role in ("embed", "conv") else 2
     experts = ref.expert if ref.expert is not None else 0
-    return (place, STACKS.index(ref.stack), ref.layer or 0, ref.block, ROLES.index(ref.role), experts, _natural(ref.name))
+    return (
+        place,
+        STACKS.index(ref.stack),
+        ref.layer or 0,
+        ref.block,
+        ROLES.index(ref.role),
+        experts,
+        _natural(ref.name),
+    )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lmd_hf.errors import FormatError, SourceError
+from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
 
@@ -92,7 +92,7 @@ class LiveSource:
         """A view of the parameter; nothing is copied."""
         value = self.values[tensor.name].detach()
         if value.is_meta:
-            raise SourceError(f"'{tensor.name}' has no data: it is on the meta device; load or materialise it first")
+            raise NoDataError("no data: it is on the meta device; load or materialise it first")
         return value.reshape(tensor.shape)[start:stop]
 
 

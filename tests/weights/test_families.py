@@ -148,7 +148,9 @@ def test_fused_projections_split_as_the_model_does(family, save):
 def test_fused_gate_and_up_split_as_the_model_does(save):
     source, model = open_source(save("phi3")), models.make("phi3")
     gate, up = model.model.layers[0].mlp.gate_up_proj.weight.chunk(2)
-    found = {r.role: read_matrix(source, r) for r in list_matrices(source).selected if r.layer == 0 and r.block == "mlp"}
+    found = {
+        r.role: read_matrix(source, r) for r in list_matrices(source).selected if r.layer == 0 and r.block == "mlp"
+    }
     torch.testing.assert_close(found["gate"], gate, rtol=0, atol=0)
     torch.testing.assert_close(found["up"], up, rtol=0, atol=0)
 
@@ -191,11 +193,20 @@ def _norms_seen(model, inputs):
             module.register_forward_pre_hook(before_matrix(name), with_kwargs=True)
     with torch.no_grad():
         model(**inputs)
-    return {name: norm for name, norm in seen.items() if norm is not None and "q_norm" not in norm and "k_norm" not in norm}
+    return {
+        name: norm for name, norm in seen.items() if norm is not None and "q_norm" not in norm and "k_norm" not in norm
+    }
 
 
 # BERT's pooler-like transforms are fed by a norm as well, but are no block of their own; embeddings are looked up.
-UNTOLD = ("cls.predictions.transform.dense", "vocab_transform", "lm_head.dense", "classifier", "projection", "project_out")
+UNTOLD = (
+    "cls.predictions.transform.dense",
+    "vocab_transform",
+    "lm_head.dense",
+    "classifier",
+    "projection",
+    "project_out",
+)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -253,7 +264,9 @@ def test_an_unknown_model_type_goes_on_from_names(save, tmp_path):
 
 def test_a_tied_weight_is_counted_once(save):
     inventory = list_matrices(open_source(save("gpt2")))
-    assert [(a.name, a.of, a.stored) for a in inventory.aliases] == [("lm_head.weight", "transformer.wte.weight", False)]
+    assert [(a.name, a.of, a.stored) for a in inventory.aliases] == [
+        ("lm_head.weight", "transformer.wte.weight", False)
+    ]
 
 
 # --- the table itself --------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ def test_files_carry_their_hash(save):
 
 def test_a_live_module_that_transformers_does_not_know():
     shared = nn.Linear(6, 6)
-    module = nn.ModuleDict({"a": nn.Linear(5, 9), "emb": nn.Embedding(12, 4), "conv": nn.Conv2d(2, 6, 3), "x": shared, "y": shared})
+    module = nn.ModuleDict(
+        {"a": nn.Linear(5, 9), "emb": nn.Embedding(12, 4), "conv": nn.Conv2d(2, 6, 3), "x": shared, "y": shared}
+    )
     inventory = list_matrices(open_source(module))
     shapes = {ref.name: (ref.role, ref.shape) for ref in inventory.selected}
     assert shapes == {
@@ -156,7 +158,9 @@ def test_an_index_that_names_absent_shards(tmp_path):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 3}}']
+)
 def test_a_broken_index(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(FormatError, match="weight_map"):

@@ -1,0 +1,242 @@
+"""The report: round trips, schema, coverage, text, card, figures and findings."""
+
+import dataclasses
+import json
+import re
+from dataclasses import replace
+from importlib import resources
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lmd_hf import Report, analyze
+from lmd_hf.errors import FormatError, OutputError, SourceError
+from lmd_hf.records import Alias, Coverage, Skipped
+from lmd_hf.report import findings, text
+from lmd_hf.report.card import escape
+from lmd_hf.report.files import write_folder
+
+
+SCHEMA = json.loads(resources.files("lmd_hf.report").joinpath("schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(save):
+    return analyze(save("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A report whose spectrum is longer than what report.json keeps."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.randn(700, 900)}, folder / "model.safetensors")
+    return analyze(folder)
+
+
+def test_the_schema_accepts_reports_and_nothing_else(report, wide):
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    for each in (report, wide):
+        validator.validate(json.loads(each.to_json()))
+    for damage in (
+        {"schema": "other"},
+        {"heads": None},
+        {"matrices": [{}]},
+        {"extra": 1},
+        {"convergence": {"verdict": "good"}},
+    ):
+        assert not validator.is_valid({**json.loads(report.to_json()), **damage})
+
+
+def test_the_schema_names_every_field(report):
+    assert list(SCHEMA["properties"]) == list(report.to_dict()) == [f.name for f in dataclasses.fields(Report)]
+    assert list(SCHEMA["properties"]["matrices"]["items"]["properties"]) == list(report.to_dict()["matrices"][0])
+
+
+def test_json_round_trip_is_exact(report, wide):
+    for each in (report, wide):
+        again = Report.from_json(each.to_json())
+        assert again.to_json() == each.to_json()
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_json_keeps_512_values_with_both_ends_and_parquet_all(wide, tmp_path):
+    matrix = wide.to_dict()["matrices"][0]
+    ranks = matrix["singular_value_ranks"]
+    assert (len(ranks), ranks[0], ranks[-1]) == (512, 1, 700)
+    whole = wide.matrices[0].singular_values
+    assert matrix["singular_values"] == [whole[rank - 1] for rank in ranks]
+    wide.save(tmp_path)
+    loaded = Report.load(tmp_path)
+    np.testing.assert_array_equal(loaded.matrices[0].singular_values, whole)
+    assert loaded == wide
+    (tmp_path / "matrices.parquet").unlink()
+    assert len(Report.load(tmp_path / "report.json").matrices[0].singular_values) == 512
+
+
+def test_parquet_is_readable_by_others(report, tmp_path):
+    import pandas
+
+    report.save(tmp_path)
+    frame = pandas.read_parquet(tmp_path / "matrices.parquet")
+    assert len(frame) == len(report.matrices)
+    assert frame["stable_rank"].tolist() == [m.stable_rank for m in report.matrices]
+    ours = report.to_pandas()
+    assert set(ours.columns) - set(frame.columns) == {"singular_value_ranks"}
+    assert ours["name"].tolist() == frame["name"].tolist()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "lmd-report/2"}', '{"schema": "lmd-report/1"}'])
+def test_a_file_that_is_no_report_is_refused(content):
+    with pytest.raises(FormatError):
+        Report.from_json(content)
+
+
+def test_a_missing_report_is_named(tmp_path):
+    with pytest.raises(SourceError, match="cannot read a report there"):
+        Report.load(tmp_path)
+
+
+def test_nothing_half_written(report, tmp_path):
+    """A writer that fails half-way, as on a full disk, leaves the folder as it was."""
+    report.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"No space left on device.*free some space"):
+        write_folder(tmp_path, {"report.json": lambda p: p.write_text("new"), "matrices.parquet": full})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_file_in_the_way_is_an_output_error(report, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write to"):
+        report.save(tmp_path / "out")
+
+
+def test_summary_shows_coverage_findings_and_convergence(report):
+    summary = report.summary()
+    assert re.search(r"[\d,]+ of [\d,]+ parameters decomposed \(\d\d\.\d\d %\); skipped 160: 5 vector", summary)
+    assert "slow decay: found" in summary
+    assert "not converged: found" in summary
+    assert "high intrinsic dimension: not measured" in summary
+    assert "convergence: unknown" in summary
+
+
+def test_coverage_says_100_percent_only_when_nothing_is_missing():
+    whole = Coverage(100, 100, 1.0, (), (), ())
+    nearly = Coverage(
+        10**9, 10**9 - 1, 1 - 1e-9, (Skipped("b", (1,), "vector"),), (Alias("a", "b", (2, 2), False),), ()
+    )
+    assert text.coverage_line(whole) == "100 of 100 parameters decomposed (100 %)"
+    assert text.coverage_line(nearly) == (
+        "999,999,999 of 1,000,000,000 parameters decomposed (99.99 %); skipped 1: 1 vector; tied: a = b"
+    )
+
+
+def test_the_table_has_a_line_a_matrix(report):
+    lines = report.table().splitlines()
+    assert len(lines) == 2 + len(report.matrices)
+    assert lines[0].split("  ")[0] == "layer"
+    assert report.table(limit=3).splitlines()[-1] == f"… and {len(report.matrices) - 3} more"
+    assert str(report).startswith(report.summary())
+
+
+def test_html_is_a_page_without_foreign_markup(report):
+    evil = replace(report, model=replace(report.model, id="<script>alert(1)</script>"))
+    html = evil._repr_html_()
+    assert "<table>" in html
+    assert "<script>" not in html
+
+
+def test_the_card_holds_only_numbers_of_the_report(report):
+    """Every number of the card is in the report, or is a median or range that the report's own text gives."""
+    card = report.card()
+    known = report.to_json() + report.summary() + report.table()
+    known = known.replace(",", "")
+    for number in re.findall(r"(?<![\w.])\d[\d,]*\.?\d*(?![\w])", _prose_removed(card)):
+        assert number.replace(",", "") in known or _rounds_to_a_value(number, report), number
+
+
+def _prose_removed(card):
+    card = re.sub(r"\[arXiv [\d.]+\]\(\S+\)", "", card)
+    return card.replace("10⁻⁶", "").replace("threshold 0.9", "").replace("threshold 6", "")
+
+
+def _rounds_to_a_value(number, report):
+    digits = len(number.partition(".")[2])
+    return any(
+        f"{value:.{digits}f}" == number
+        for m in report.matrices
+        for value in (m.participation_ratio, m.error_bound, min(m.shape))
+        if value is not None
+    )
+
+
+def test_the_card_is_the_same_after_a_round_trip(report):
+    assert Report.from_json(report.to_json()).card() == report.card()
+
+
+def test_the_card_cannot_be_broken_out_of(report):
+    evil = "x | y\n<!-- lmd:end --><script>alert(1)</script> [link](http://evil) `code` ![p](q)"
+    names = [replace(m, name=evil, block="", layer=None) for m in report.matrices]
+    card = replace(report, matrices=tuple(names), model=replace(report.model, id=evil)).card()
+    assert "<script>" not in card
+    assert "<!--" not in card
+    assert "-->" not in card
+    assert "](http://evil)" not in re.sub(r"`[^`]*`", "", card).replace("\\](", "")
+    assert escape("a|b\nc") == "a\\|b c"
+
+
+def test_the_card_makes_no_quality_claim(report):
+    card = report.card()
+    assert "do not measure quality, safety or accuracy" in card
+    assert not re.search(r"\b(?:good|bad|better|best|worse) model\b", card)
+
+
+def test_figures_show_every_role_and_layer(report, tmp_path):
+    figures = report.plot(tmp_path)
+    assert set(figures) == {"spectra", "heatmap"}
+    assert {p.name for p in tmp_path.iterdir()} == {"spectra.png", "heatmap.png"}
+    titles = [axes.get_title() for axes in figures["spectra"].axes]
+    assert [t for t in titles if t] == [role for role, _ in text.by_role(report.matrices)]
+    lines = sum(len(axes.get_lines()) for axes in figures["spectra"].axes)
+    assert lines == len(report.matrices)
+    again = Report.from_json(report.to_json()).plot(tmp_path / "again")
+    assert set(again) == set(figures)
+    assert (tmp_path / "again" / "spectra.png").read_bytes() == (tmp_path / "spectra.png").read_bytes()
+
+
+def test_a_report_without_layers_has_no_heatmap(tmp_path):
+    save_file({"head.weight": torch.randn(5, 9)}, tmp_path / "model.safetensors")
+    assert set(analyze(tmp_path).plot()) == {"spectra"}
+
+
+def test_random_weights_look_untrained_and_low_rank_ones_do_not(tmp_path):
+    torch.manual_seed(0)
+    noise = torch.randn(120, 200)
+    low = torch.randn(120, 4) @ torch.randn(4, 200) + 0.05 * noise
+    save_file({"noise.weight": noise, "low.weight": low}, tmp_path / "model.safetensors")
+    found = {f.signature: f for f in analyze(tmp_path).findings}
+    assert found["not converged"].matrices == ("noise.weight",)
+    assert found["slow decay"].matrices == ("noise.weight",)
+    assert found["high intrinsic dimension"].status == "not measured"
+
+
+def test_thresholds_can_be_changed(report):
+    strict = {f.signature: f for f in findings.find(report.matrices, slow_decay=2.0)}
+    assert strict["slow decay"].status == "not found"
+    assert strict["slow decay"].threshold == 2.0
+
+
+def test_reports_are_frozen(report):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.schema = "x"
+    with pytest.raises(ValueError, match="read-only"):
+        report.matrices[0].singular_values[0] = 1

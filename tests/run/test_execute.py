@@ -1,0 +1,184 @@
+"""Doing a plan: numbers against LAPACK, matrices that cannot be done, threads, ties, the norm metric."""
+
+import math
+import threading
+from dataclasses import replace
+
+import models
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmd_hf import analyze
+from lmd_hf.records import Settings
+from lmd_hf.run.execute import execute, pick_device
+from lmd_hf.run.plan import make_plan
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
+
+
+def lapack(w):
+    return np.linalg.svd(w.detach().double().numpy(), compute_uv=False)
+
+
+def test_every_matrix_of_a_model_equals_lapack(save):
+    model = models.make("qwen3")
+    weights = dict(model.state_dict())
+    for matrix in analyze(save("qwen3")).matrices:
+        np.testing.assert_allclose(matrix.singular_values, lapack(weights[matrix.name]), rtol=1e-9, atol=1e-12)
+        assert matrix.frobenius_norm == pytest.approx(weights[matrix.name].double().norm().item())
+        assert matrix.spectral_norm == matrix.singular_values[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_storage_is_read_exactly(save, tmp_path, dtype):
+    models.make("llama").to(dtype).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    report = analyze(tmp_path)
+    assert {m.dtype for m in report.matrices} == {{torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]}
+    for matrix in report.matrices:
+        np.testing.assert_allclose(matrix.singular_values, lapack(stored[matrix.name]), rtol=1e-9, atol=1e-12)
+
+
+def test_the_norm_metric_is_the_spectrum_of_w_times_the_gain(save):
+    model = models.make("gemma")
+    report = analyze(save("gemma"), metric="norm")
+    plain = {m.name: m for m in analyze(save("gemma")).matrices}
+    by_name = {m.name: m for m in report.matrices}
+    attention = model.model.layers[1].self_attn
+    gain = 1 + model.model.layers[1].input_layernorm.weight.double()
+    q = by_name["model.layers.1.self_attn.q_proj.weight"]
+    assert q.metric == "norm"
+    np.testing.assert_allclose(q.singular_values, lapack(attention.q_proj.weight.double() * gain.double()), rtol=1e-9)
+    assert q.mp_edge == plain[q.name].mp_edge  # the noise of the entries does not depend on the metric
+    o = by_name["model.layers.1.self_attn.o_proj.weight"]
+    assert o.metric == "identity"
+    assert o.effective_rank == plain[o.name].effective_rank
+
+
+def test_nan_and_infinity_skip_that_matrix_and_no_other(save, tmp_path):
+    tensors = load_file(save("llama") / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, :2] = float("inf")
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((save("llama") / "config.json").read_bytes())
+    report = analyze(tmp_path)
+    reasons = {s.name: s.reason for s in report.coverage.skipped if "NaN" in s.reason}
+    assert reasons == {
+        "model.layers.0.mlp.up_proj.weight": "holds NaN or infinity (1 of 1536 entries)",
+        "model.layers.1.self_attn.q_proj.weight": "holds NaN or infinity (2 of 1024 entries)",
+    }
+    assert len(report.matrices) == 14
+
+
+def test_degenerate_matrices_have_null_not_nonsense(tmp_path):
+    save_file(
+        {"zero.weight": torch.zeros(6, 4), "row.weight": torch.randn(1, 9), "one.weight": torch.ones(1, 1),
+         "rank1.weight": torch.ones(8, 5), "same.weight": torch.eye(7)},
+        tmp_path / "model.safetensors",
+    )  # fmt: skip
+    report = analyze(tmp_path)
+    by_name = {m.name.removesuffix(".weight"): m for m in report.matrices}
+    zero = by_name["zero"]
+    assert (zero.spectral_norm, zero.numerical_rank) == (0, 0)
+    assert zero.stable_rank is zero.effective_rank is zero.latent_dim is zero.mp_edge is zero.capacity_log10 is None
+    assert by_name["row"].shape == (1, 9)
+    assert (by_name["row"].latent_dim, by_name["row"].expressivity) == (1, None)
+    assert by_name["rank1"].numerical_rank == 1
+    assert by_name["one"].mp_fit_distance is None
+    assert by_name["same"].effective_rank == pytest.approx(7)
+    assert "NaN" not in report.to_json()
+
+
+def test_a_second_copy_of_a_tied_weight_is_an_alias_only_if_it_is_equal(save, tmp_path):
+    tensors = load_file(save("gpt2") / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((save("gpt2") / "config.json").read_bytes())
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    report = analyze(tmp_path)
+    assert [(a.name, a.of, a.stored) for a in report.coverage.aliases] == [
+        ("lm_head.weight", "transformer.wte.weight", True)
+    ]
+    decomposed = sum(math.prod(m.shape) for m in report.matrices)
+    assert report.coverage.decomposed == decomposed
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    report = analyze(tmp_path)
+    assert not report.coverage.aliases
+    assert report.matrices[-1].name == "lm_head.weight"
+
+
+def test_experts_of_a_live_model_and_of_its_checkpoint_agree(save):
+    disk, live = analyze(save("mixtral")), analyze(models.make("mixtral"))
+
+    def key(matrix):
+        return (matrix.layer or 0, matrix.role, matrix.spectral_norm)
+
+    assert [m.part for m in live.matrices if m.role == "gate"][:3] == [
+        "expert 0 gate",
+        "expert 1 gate",
+        "expert 2 gate",
+    ]
+    for a, b in zip(sorted(disk.matrices, key=key), sorted(live.matrices, key=key), strict=True):
+        assert (a.role, a.layer, a.shape) == (b.role, b.layer, b.shape)
+        np.testing.assert_allclose(a.singular_values, b.singular_values, rtol=1e-9)
+        assert (a.energy_degree, a.capacity_log10) == (b.energy_degree, pytest.approx(b.capacity_log10))
+
+
+def test_capacity_uses_the_degree_of_the_mlp(save):
+    gated = {m.role: m.energy_degree for m in analyze(save("llama")).matrices}
+    assert gated == {"embed": 2, "q": 2, "k": 2, "v": 2, "o": 2, "gate": 3, "up": 3, "down": 3, "head": 2}
+    plain = {m.role: (m.energy_degree, m.effective_degree) for m in analyze(save("opt")).matrices if m.block}
+    assert plain["up"] == (2, pytest.approx(1.466942, abs=1e-6))
+    assert plain["q"] == (2, None)
+
+
+def test_parameters_on_the_meta_device_are_skipped_with_the_remedy():
+    model = models.make("bert")
+    model.bert.encoder.layer[0].intermediate.to("meta")
+    report = analyze(model)
+    skipped = {s.name: s.reason for s in report.coverage.skipped if s.reason != "vector"}
+    assert skipped == {
+        "bert.encoder.layer.0.intermediate.dense.weight": "no data: it is on the meta device; load or materialise it first"
+    }
+
+
+def test_every_share_of_the_work_gives_the_same_numbers(save):
+    """The rows of three ranks together are those of one, whatever the order in which threads finish."""
+    source = open_source(save("mixtral"))
+    inventory = list_matrices(source)
+    whole = execute(make_plan(inventory, source.identity, Settings(device="cpu")), source)
+    plan = make_plan(inventory, source.identity, Settings(device="cpu"), world_size=3)
+    parts = {m.name: m for rank in range(3) for m in execute(plan, source, rank=rank).matrices}
+    assert [m.name for m in whole.matrices] == [w.ref.name for w in plan.works]
+    for matrix in whole.matrices:
+        assert matrix == replace(parts[matrix.name], singular_values=matrix.singular_values)
+
+
+def test_progress_is_reported_in_this_thread(save):
+    source = open_source(save("bert"))
+    plan = make_plan(list_matrices(source), source.identity, Settings())
+    seen = []
+    execute(plan, source, progress=lambda work: seen.append((work.ref.name, threading.current_thread())))
+    assert {name for name, _ in seen} == {w.ref.name for w in plan.works}
+    assert {thread for _, thread in seen} == {threading.main_thread()}
+
+
+def test_an_interrupt_stops_the_work(save):
+    source = open_source(save("bert"))
+    plan = make_plan(list_matrices(source), source.identity, Settings())
+
+    def interrupt(work):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, source, progress=interrupt)
+
+
+def test_an_unknown_device_is_named():
+    from lmd_hf.errors import SettingsError
+
+    with pytest.raises(SettingsError, match="device 'abacus' cannot be used"):
+        pick_device("abacus")
+    assert pick_device("cpu").type == "cpu"

@@ -1,0 +1,82 @@
+"""Plans are pure: selection, cost and shards from an inventory."""
+
+import math
+
+import pytest
+
+from lmd_hf.errors import SettingsError
+from lmd_hf.records import Settings
+from lmd_hf.run.plan import make_plan
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
+
+
+@pytest.fixture
+def stage(save):
+    """(inventory, identity) of a tiny Mixtral."""
+    source = open_source(save("mixtral"))
+    return list_matrices(source), source.identity
+
+
+def names(plan):
+    return {(w.ref.role, w.ref.layer) for w in plan.works}
+
+
+def test_everything_is_planned_by_default(stage):
+    plan = make_plan(*stage, Settings())
+    assert len(plan.works) == len(stage[0].selected)
+    assert plan.skipped == stage[0].skipped
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Settings(roles=("q", "router")), {("q", 0), ("q", 1), ("router", 0), ("router", 1)}),
+        (Settings(roles=("o",), layers="1"), {("o", 1)}),
+        (Settings(roles=("o",), layers="-1"), {("o", 1)}),
+        (Settings(roles=("o",), layers="0-1"), {("o", 0), ("o", 1)}),
+        (Settings(roles=("o",), layers="0, -1"), {("o", 0), ("o", 1)}),
+        (Settings(match="lm_*"), {("head", None)}),
+    ],
+)
+def test_selection(stage, settings, expected):
+    plan = make_plan(*stage, settings)
+    assert names(plan) == expected
+    unselected = [s for s in plan.skipped if s.reason == "not selected"]
+    assert len(unselected) + len(plan.works) == len(stage[0].selected)
+    done = sum(math.prod(w.ref.shape) for w in plan.works) + sum(math.prod(s.shape) for s in plan.skipped)
+    assert done == plan.parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(roles=("qq",)), "no role 'qq'; known: embed"),
+        (Settings(metric="euclid"), "no metric 'euclid'; known: identity, norm"),
+        (Settings(kernel="magic"), "no kernel 'magic'; known: auto, exact"),
+        (Settings(layers="a-b"), "cannot read layers 'a-b'"),
+        (Settings(layers="7"), "leaves no matrix"),
+        (Settings(match="nothing*"), "leaves no matrix"),
+    ],
+)
+def test_bad_settings_are_named(stage, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        make_plan(*stage, settings)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 1024])
+def test_shards_cover_every_matrix_once_and_evenly(stage, world):
+    plan = make_plan(*stage, Settings(), world)
+    assert sorted(index for shard in plan.shards for index in shard) == list(range(len(plan.works)))
+    loads = [sum(plan.works[i].flops for i in shard) for shard in plan.shards]
+    assert max(loads) - min(loads) <= max(w.flops for w in plan.works)
+    assert make_plan(*stage, Settings(), world).shards == plan.shards
+    for shard in plan.shards:
+        costs = [plan.works[i].flops for i in shard]
+        assert costs == sorted(costs, reverse=True)
+
+
+def test_cost_is_that_of_the_exact_kernel(stage):
+    work = next(w for w in make_plan(*stage, Settings()).works if w.ref.role == "down")
+    k, long = min(work.ref.shape), max(work.ref.shape)
+    assert work.flops == long * k**2 + 4 / 3 * k**3

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: exit codes, one clear line, machine output, interrupt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lmd_hf.cli import main
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "lmd_hf", *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def call(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command run in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_help_is_fast_and_imports_no_torch():
+    started = time.perf_counter()
+    answer = run("--help")
+    assert time.perf_counter() - started < 1.5  # 0.1 s on a quiet machine; importing torch would take longer than this
+    assert answer.returncode == 0
+    for command in ("demo", "plan", "analyze", "card"):
+        assert command in answer.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, lmd_hf.cli\nlmd_hf.cli._parser()\nprint('torch' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == "False"
+
+
+def test_plan_prints_what_would_be_done(capsys, save):
+    code, out, _ = call(capsys, "plan", save("llama"))
+    assert code == 0
+    assert "16 matrices" in out
+    assert "mlp gate" in out
+    code, out, _ = call(capsys, "plan", save("llama"), "--json", "--metric", "norm")
+    planned = json.loads(out)
+    assert (code, len(planned["matrices"]), planned["parameters"]) == (0, 16, planned["decomposed"] + 160)
+    assert planned["matrices"][1]["norm"] == "model.layers.0.input_layernorm.weight"
+
+
+def test_analyze_prints_a_table_and_writes_files(capsys, save, tmp_path):
+    code, out, err = call(capsys, "analyze", save("llama"), "--out", tmp_path / "out")
+    assert code == 0
+    assert "parameters decomposed" in out
+    assert "attention q" in out
+    assert "wrote" in err
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert written == {"report.json", "matrices.parquet", "card.md", "spectra.png", "heatmap.png"}
+
+
+def test_json_is_the_report_and_nothing_else_on_stdout(capsys, save):
+    code, out, _ = call(capsys, "analyze", save("llama"), "--json", "--roles", "q,k", "--layers", "-1")
+    report = json.loads(out)
+    assert code == 0
+    assert [(m["role"], m["layer"]) for m in report["matrices"]] == [("q", 1), ("k", 1)]
+    assert report["settings"]["roles"] == ["q", "k"]
+
+
+def test_quiet_prints_nothing(capsys, save, tmp_path):
+    code, out, _ = call(capsys, "analyze", save("llama"), "-q", "--out", tmp_path)
+    assert (code, out) == (0, "")
+
+
+def test_card_of_a_model_and_of_its_report_are_one(capsys, save, tmp_path):
+    folder = save("llama")
+    _, fresh, _ = call(capsys, "card", folder)
+    call(capsys, "analyze", folder, "-q", "--out", tmp_path)
+    _, from_file, _ = call(capsys, "card", tmp_path / "report.json")
+    _, from_folder, _ = call(capsys, "card", tmp_path)
+    _, as_json, _ = call(capsys, "card", tmp_path, "--json")
+    assert fresh == from_file == from_folder == json.loads(as_json)["card"] == (tmp_path / "card.md").read_text()
+
+
+def broken(tmp_path, kind):
+    if kind == "missing":
+        return tmp_path / "absent"
+    if kind == "pickle":
+        (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    if kind == "truncated":
+        save_file({"w.weight": torch.ones(30, 30)}, tmp_path / "model.safetensors")
+        data = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    if kind == "garbage":
+        (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["plan", "analyze", "card"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "pickle", "truncated", "garbage"])
+def test_known_errors_are_one_line_and_exit_1(capsys, tmp_path, kind, command):
+    code, out, err = call(capsys, command, broken(tmp_path, kind))
+    assert (code, out) == (1, "")
+    assert err.startswith("lmd-hf: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_hf_debug_shows_the_traceback(tmp_path, monkeypatch):
+    from lmd_hf.errors import SourceError
+
+    monkeypatch.setenv("HF_DEBUG", "1")
+    with pytest.raises(SourceError):
+        main(["plan", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["analyze"], ["analyze", "x", "--metric", "euclid"], ["analyze", "x", "--nope"]]
+)
+def test_bad_usage_exits_2(capsys, arguments):
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "usage:" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [(["--roles", "qq"], "no role 'qq'; known:"), (["--layers", "x"], "cannot read layers")]
+)
+def test_bad_settings_exit_1(capsys, save, option, message):
+    code, _, err = call(capsys, "analyze", save("llama"), *option)
+    assert code == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "/proc/nowhere/x"])
+def test_an_unwritable_out_is_told_before_the_work(capsys, save, out):
+    code, stdout, err = call(capsys, "analyze", save("llama"), "--out", out)
+    assert (code, stdout) == (1, "")
+    assert "--out" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_under_stdout_is_no_traceback(save):
+    with open("/dev/full", "w") as full:
+        answer = subprocess.run(
+            [sys.executable, "-m", "lmd_hf", "plan", str(save("llama"))], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )  # fmt: skip
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("lmd-hf: cannot write the output")
+    assert "Traceback" not in answer.stderr
+
+
+def test_head_of_a_pipe_is_no_error(save):
+    answer = subprocess.run(
+        f"{sys.executable} -m lmd_hf analyze {save('llama')} --json | head -c 10", shell=True, capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    assert answer.stderr == ""
+
+
+def test_ctrl_c_exits_130_at_once_and_writes_nothing(tmp_path):
+    """A 6,000-square matrix keeps LAPACK busy for many seconds; the interrupt must not wait for it."""
+    generator = torch.Generator().manual_seed(0)
+    save_file({"w.weight": torch.randn(6000, 6000, generator=generator)}, tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lmd_hf", "analyze", str(tmp_path / "model.safetensors"), "--out", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(4)  # imports are done, the decomposition is under way
+    process.send_signal(signal.SIGINT)
+    stopped = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - stopped < 5
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert list(out.iterdir()) == []
