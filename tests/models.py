@@ -12,6 +12,7 @@ HEADS, KV = 4, 2
 TEXT = {"input_ids": torch.arange(1, 9)[None]}
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)}
 BOTH = {**TEXT, "decoder_input_ids": torch.arange(1, 6)[None]}
+SOUND = {"input_features": torch.linspace(-1, 1, 300).reshape(1, 10, 30)}
 BERT = {
     "hidden_size": H, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": HEADS, "vocab_size": V,
     "max_position_embeddings": 20,
@@ -58,7 +59,12 @@ FAMILIES: dict[str, tuple[Callable[..., Any], str, dict[str, Any], dict[str, Any
         {**BERT, "ffn_dim": F, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
         TEXT,
     ),
-    "bloom": (t.BloomConfig, "BloomForCausalLM", {"hidden_size": H, "n_layer": L, "n_head": HEADS, "vocab_size": V}, TEXT),
+    "bloom": (
+        t.BloomConfig,
+        "BloomForCausalLM",
+        {"hidden_size": H, "n_layer": L, "n_head": HEADS, "vocab_size": V},
+        TEXT,
+    ),
     "falcon-new": (
         t.FalconConfig,
         "FalconForCausalLM",
@@ -105,7 +111,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], str, dict[str, Any], dict[str, Any
         "WhisperForConditionalGeneration",
         {**BART, "num_mel_bins": 10, "max_source_positions": 15, "max_target_positions": 12, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
-        {"input_features": torch.linspace(-1, 1, 300).reshape(1, 10, 30), "decoder_input_ids": torch.arange(1, 6)[None]},
+        {**SOUND, "decoder_input_ids": torch.arange(1, 6)[None]},
     ),
 }  # fmt: skip
 

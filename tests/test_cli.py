@@ -146,18 +146,16 @@ def test_an_unwritable_out_is_told_before_the_work(capsys, save, out):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_under_stdout_is_no_traceback(save):
     with open("/dev/full", "w") as full:
-        answer = subprocess.run(
-            [sys.executable, "-m", "lmd_hf", "plan", str(save("llama"))], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
-        )  # fmt: skip
+        command = [sys.executable, "-m", "lmd_hf", "plan", str(save("llama"))]
+        answer = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert answer.returncode == 1
     assert answer.stderr.startswith("lmd-hf: cannot write the output")
     assert "Traceback" not in answer.stderr
 
 
 def test_head_of_a_pipe_is_no_error(save):
-    answer = subprocess.run(
-        f"{sys.executable} -m lmd_hf analyze {save('llama')} --json | head -c 10", shell=True, capture_output=True, text=True, timeout=120
-    )  # fmt: skip
+    command = f"{sys.executable} -m lmd_hf analyze {save('llama')} --json | head -c 10"
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert answer.stderr == ""
 
 

@@ -41,8 +41,8 @@ def open_repository(
 ) -> FileSource:
     """A model repository at the commit that `revision` means now.
 
-    Opening downloads config.json, the index and headers only; a snapshot that is wholly cached needs no download. Raises
-    `SourceError` with the remedy for a repository that is missing, private, gated or out of reach.
+    Opening downloads config.json, the index and headers only; a snapshot that is wholly cached needs no download.
+    Raises `SourceError` with the remedy for a repository that is missing, private, gated or out of reach.
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
     try:

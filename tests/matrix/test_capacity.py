@@ -48,8 +48,8 @@ def test_effective_degree_of_polynomials():
 
 @pytest.mark.parametrize(
     ("name", "degree"),
-    [("linear", 2), ("relu", 2), ("gelu", 2), ("gelu_new", 2), ("silu", 2), ("quick_gelu", 2), ("relu2", 3), ("tanh", 2),
-     ("sigmoid", 2)],
+    [("linear", 2), ("relu", 2), ("gelu", 2), ("gelu_new", 2), ("silu", 2), ("quick_gelu", 2), ("relu2", 3),
+     ("tanh", 2), ("sigmoid", 2)],
 )  # fmt: skip
 def test_energy_degree(name, degree):
     assert energy_degree(ACT2FN[name]) == degree

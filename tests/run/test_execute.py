@@ -18,6 +18,9 @@ from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 
 
+NO_DATA = "no data: it is on the meta device; load or materialise it first"
+
+
 def lapack(w):
     return np.linalg.svd(w.detach().double().numpy(), compute_uv=False)
 
@@ -139,9 +142,7 @@ def test_parameters_on_the_meta_device_are_skipped_with_the_remedy():
     model.bert.encoder.layer[0].intermediate.to("meta")
     report = analyze(model)
     skipped = {s.name: s.reason for s in report.coverage.skipped if s.reason != "vector"}
-    assert skipped == {
-        "bert.encoder.layer.0.intermediate.dense.weight": "no data: it is on the meta device; load or materialise it first"
-    }
+    assert skipped == {"bert.encoder.layer.0.intermediate.dense.weight": NO_DATA}
 
 
 def test_every_share_of_the_work_gives_the_same_numbers(save):

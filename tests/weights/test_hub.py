@@ -1,7 +1,6 @@
 """The real Hub client against a Hub on the loopback interface."""
 
 import pytest
-from conftest import HUB
 
 from lmd_hf import analyze
 from lmd_hf.api import plan
@@ -88,9 +87,9 @@ def test_a_private_repository_needs_its_token_and_never_leaks_it(hub, save):
     hub.add("org/private", files_of(save("bert")), private=True)
     with pytest.raises(SourceError, match="no such Hub repository"):
         analyze("org/private")
-    report = analyze("org/private", token=HUB.token, roles=("q",))
+    report = analyze("org/private", token=hub.token, roles=("q",))
     assert len(report.matrices) == 2
-    assert HUB.token not in report.to_json()
+    assert hub.token not in report.to_json()
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_config_that_transformers_cannot_build_goes_on_from_names(tmp_path, sa
 def test_the_same_name_in_two_files(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"w.weight": torch.ones(2, 4)}, tmp_path / name)
-    with pytest.raises(FormatError, match="is in a.safetensors and in b.safetensors"):
+    with pytest.raises(FormatError, match=r"is in a\.safetensors and in b\.safetensors"):
         open_source(tmp_path)
 
 
