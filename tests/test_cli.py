@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmd_hf.cli import main
+from lmd_hf import cli
 
 
 def run(*arguments, **options):
@@ -22,10 +22,9 @@ def run(*arguments, **options):
 
 def call(capsys, *arguments):
     """(exit code, stdout, stderr) of a command run in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
+    code = cli.run([str(a) for a in arguments])
     captured = capsys.readouterr()
-    return stopped.value.code, captured.out, captured.err
+    return code, captured.out, captured.err
 
 
 def test_help_is_fast_and_imports_no_torch():
@@ -115,7 +114,7 @@ def test_hf_debug_shows_the_traceback(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_DEBUG", "1")
     with pytest.raises(SourceError):
-        main(["plan", str(tmp_path)])
+        cli.run(["plan", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,12 @@ def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome
         return Skipped(ref.name, ref.shape, str(error))
     if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
-    bad = int(w.numel() - torch.isfinite(w).sum().item())
-    if bad:
+    try:
+        return measure(source, ref, w.to(device), metric=plan.settings.metric, kernel=work.kernel)
+    except ValueError as error:  # the kernel's own refusal: NaN or infinity
+        bad = int(w.numel() - torch.isfinite(w).sum().item())
         part = f"{ref.part}: " if ref.part else ""
-        return Skipped(ref.name, ref.shape, f"{part}holds NaN or infinity ({bad} of {w.numel()} entries)")
-    return measure(source, ref, w.to(device), metric=plan.settings.metric, kernel=work.kernel)
+        return Skipped(ref.name, ref.shape, f"{part}{error} ({bad} of {w.numel()} entries)")
 
 
 def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:

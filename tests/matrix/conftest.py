@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def build():
-    """A function (rows, columns, spectrum, seed) → float64 matrix; without a spectrum, i.i.d. entries of variance 1/n."""
+    """A function (rows, columns, spectrum, seed) → float64 matrix; no spectrum: i.i.d., variance 1/n."""
 
     def make(rows, columns, spectrum=None, seed=0):
         generator = torch.Generator().manual_seed(seed)

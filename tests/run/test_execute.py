@@ -69,8 +69,8 @@ def test_nan_and_infinity_skip_that_matrix_and_no_other(save, tmp_path):
     report = analyze(tmp_path)
     reasons = {s.name: s.reason for s in report.coverage.skipped if "NaN" in s.reason}
     assert reasons == {
-        "model.layers.0.mlp.up_proj.weight": "holds NaN or infinity (1 of 1536 entries)",
-        "model.layers.1.self_attn.q_proj.weight": "holds NaN or infinity (2 of 1024 entries)",
+        "model.layers.0.mlp.up_proj.weight": "the matrix holds NaN or infinity (1 of 1536 entries)",
+        "model.layers.1.self_attn.q_proj.weight": "the matrix holds NaN or infinity (2 of 1024 entries)",
     }
     assert len(report.matrices) == 14
 
