@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -126,6 +125,8 @@ def _eigenvalues(gram: Tensor) -> Tensor:
 def _ritz_values(w_LK: Tensor, gram: Tensor, count: int, scale: float) -> Tensor:
     """Singular values of W·Q, Q the eigenvectors of the `count` smallest eigenvalues of the Gram matrix."""
     if gram.device.type == "cpu":
+        import scipy.linalg  # a fifth of a second that most models do not need
+
         q = torch.from_numpy(scipy.linalg.eigh(gram.numpy(), subset_by_index=[0, count - 1], check_finite=False)[1])
     else:
         q = torch.linalg.eigh(gram).eigenvectors[:, :count]

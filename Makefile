@@ -1,0 +1,29 @@
+# Everything here needs Python 3.10 or later and make; the first target that runs sets up .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready ## the embedded model, end to end, offline
+	$(BIN)/lmd-hf demo
+
+test: .venv/ready ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/ready ## the slow tests, format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/ready ## times and memory beside peers, in one table
+	$(BIN)/python benchmarks/analyze.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv lmd-demo
