@@ -46,8 +46,8 @@ def test_it_beats_gzip_and_a_trigram_model():
 
 def test_its_bits_per_byte_can_be_measured_again():
     """On a text of its own kind that ships with every Python: better than gzip of that text."""
-    import this  # noqa: F401 - any module of the standard library that is a file
     import textwrap
+    import this  # noqa: F401 - any module of the standard library that is a file
 
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -67,7 +67,11 @@ def test_the_committed_report_is_what_the_model_gives(fresh):
     assert [m.name for m in committed.matrices] == [m.name for m in fresh.matrices]
     for old, new in zip(committed.matrices, fresh.matrices, strict=True):
         np.testing.assert_allclose(old.singular_values, new.singular_values, rtol=1e-9)
-        assert (old.latent_dim, old.numerical_rank, old.mp_spikes) == (new.latent_dim, new.numerical_rank, new.mp_spikes)
+        assert (old.latent_dim, old.numerical_rank, old.mp_spikes) == (
+            new.latent_dim,
+            new.numerical_rank,
+            new.mp_spikes,
+        )
         for name in ("stable_rank", "effective_rank", "capacity_log10", "expressivity", "mp_fit_distance"):
             assert getattr(old, name) == pytest.approx(getattr(new, name), rel=1e-6)
 

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -115,12 +116,8 @@ def trigram_bits_per_byte(train: bytes, held_out: bytes) -> float:
     return bits / len(held_out)
 
 
-def main(out: Path) -> None:
-    """Train, evaluate and write the model folder."""
-    set_seed(SEED)
-    train, held_out = read_corpus(Path(sysconfig.get_path("stdlib")))
-    tokenizer = train_tokenizer(train)
-    windows = to_windows(train, tokenizer)
+def train_model(windows: torch.Tensor, out: Path) -> Trainer:
+    """A new model, trained on rows of WINDOW tokens by transformers' own Trainer."""
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=128,
@@ -133,47 +130,63 @@ def main(out: Path) -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = LlamaForCausalLM(config)
+    settings = TrainingArguments(
+        output_dir=str(out),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=4e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        logging_steps=STEPS // 100,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=True,
+        seed=SEED,
+    )
     trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=4e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            weight_decay=0.1,
-            adam_beta2=0.98,
-            logging_steps=STEPS // 100,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=True,
-            seed=SEED,
-        ),
+        model=LlamaForCausalLM(config),
+        args=settings,
         train_dataset=[{"input_ids": row, "labels": row} for row in windows],
         data_collator=default_data_collator,
     )
     trainer.train()
-    model = model.to(torch.bfloat16).eval()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    trainer.state.save_to_json(str(out / "trainer_state.json"))
-    held_out_bytes = "".join(held_out).encode()
-    evaluation = {
+    return trainer
+
+
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, train: list[str], held_out: list[str]
+) -> dict[str, Any]:
+    """Held-out bits per byte of the stored model, of gzip and of a byte-trigram model, with the size of the corpus."""
+    data = "".join(held_out).encode()
+    return {
         "corpus": f"standard library of Python {sys.version.split()[0]}, without tests",
         "train_bytes": sum(len(t.encode()) for t in train),
         "train_tokens_seen": STEPS * BATCH * WINDOW,
         "held_out_files": len(held_out),
-        "held_out_bytes": len(held_out_bytes),
+        "held_out_bytes": len(data),
         "bits_per_byte": {
             "model": bits_per_byte(model, held_out, tokenizer),
-            "gzip": 8 * len(gzip.compress(held_out_bytes, 9)) / len(held_out_bytes),
-            "byte_trigram": trigram_bits_per_byte("".join(train).encode(), held_out_bytes),
+            "gzip": 8 * len(gzip.compress(data, 9)) / len(data),
+            "byte_trigram": trigram_bits_per_byte("".join(train).encode(), data),
         },
     }
+
+
+def main(out: Path) -> None:
+    """Train, evaluate and write the model folder."""
+    set_seed(SEED)
+    train, held_out = read_corpus(Path(sysconfig.get_path("stdlib")))
+    tokenizer = train_tokenizer(train)
+    trainer = train_model(to_windows(train, tokenizer), out)
+    model = trainer.model.to(torch.bfloat16).eval()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    trainer.state.save_to_json(str(out / "trainer_state.json"))
+    evaluation = evaluate(model, tokenizer, train, held_out)
     (out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
 

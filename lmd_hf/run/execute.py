@@ -79,10 +79,8 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     with threadpool_limits(limits=max(1, cores // workers)):
         try:
             yield pool
-        except BaseException:
+        finally:  # when all went well, nothing is left to wait for
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
 
 
 def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome:
