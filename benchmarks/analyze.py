@@ -112,6 +112,7 @@ def commands(model: Path, common: str, peer: str | None) -> dict[str, list[str]]
 
 
 def main() -> None:
+    """Run every contender on both models and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer", help="python of an environment with weightwatcher==0.7.7")

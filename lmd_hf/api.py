@@ -50,13 +50,16 @@ def analyze(
     settings = Settings(metric, kernel, tuple(roles), layers, match, device)
     started = time.perf_counter()
     source, todo, timing = _prepare(model, revision, subfolder, token, settings)
-    with ThreadPoolExecutor(1) as background:  # hashing the files overlaps with the decomposition
-        identity = background.submit(with_hashes, source)
+    background = ThreadPoolExecutor(1)
+    try:
+        identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
         with tqdm(total=100, desc="decomposing", unit="%", delay=QUIET_SECONDS, name="lmd_hf.analyze", **_BAR) as bar:
             results = execute(todo, source, progress=_advance(bar, todo))
-    timing |= results.timing
-    timing["total"] = time.perf_counter() - started
-    return build_report(identity.result(), todo, replace(results, timing=timing))
+        hashed = identity.result()
+    finally:
+        background.shutdown(wait=False, cancel_futures=True)
+    timing |= {**results.timing, "total": time.perf_counter() - started}
+    return build_report(hashed, todo, replace(results, timing=timing))
 
 
 def plan(

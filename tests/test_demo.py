@@ -67,11 +67,8 @@ def test_the_committed_report_is_what_the_model_gives(fresh):
     assert [m.name for m in committed.matrices] == [m.name for m in fresh.matrices]
     for old, new in zip(committed.matrices, fresh.matrices, strict=True):
         np.testing.assert_allclose(old.singular_values, new.singular_values, rtol=1e-9)
-        assert (old.latent_dim, old.numerical_rank, old.mp_spikes) == (
-            new.latent_dim,
-            new.numerical_rank,
-            new.mp_spikes,
-        )
+        for name in ("latent_dim", "latent_dim_rule", "numerical_rank", "mp_spikes", "energy_rank_95"):
+            assert getattr(old, name) == getattr(new, name)
         for name in ("stable_rank", "effective_rank", "capacity_log10", "expressivity", "mp_fit_distance"):
             assert getattr(old, name) == pytest.approx(getattr(new, name), rel=1e-6)
 

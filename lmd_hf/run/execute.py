@@ -93,10 +93,10 @@ def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
         return measure(source, ref, w.to(device), metric=plan.settings.metric, kernel=work.kernel)
-    except ValueError as error:  # the kernel's own refusal: NaN or infinity
+    except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
         bad = int(w.numel() - torch.isfinite(w).sum().item())
         part = f"{ref.part}: " if ref.part else ""
-        return Skipped(ref.name, ref.shape, f"{part}{error} ({bad} of {w.numel()} entries)")
+        return Skipped(ref.name, ref.shape, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
 
 
 def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _environment(device: torch.device, workers: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,
     }

@@ -26,8 +26,8 @@ from lmd_hf.weights.source import (
     make_identity,
     open_folder,
     read_config,
+    read_index,
     read_local_header,
-    shard_names,
     unique,
     weight_files,
 )
@@ -79,9 +79,10 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str) -> Fil
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SourceError(f"{repo_id}: cannot download {name} ({reason}); what has arrived is kept") from None
 
-    names = weight_files(sorted(sizes), repo_id)
+    names, index = weight_files(sorted(sizes), repo_id), None
     if INDEX in names:
-        names = shard_names(locate(INDEX).read_bytes(), f"{repo_id}/{INDEX}")
+        index = read_index(locate(INDEX).read_bytes(), f"{repo_id}/{INDEX}")
+        names = index.shards
         if absent := [name for name in names if name not in sizes]:
             raise SourceError(f"{repo_id}: its index names shards that are absent, first '{absent[0]}'; ask its owner")
     config = read_config(locate("config.json")) if "config.json" in sizes else None
@@ -91,6 +92,8 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str) -> Fil
         entry = sizes[name]
         files.append(WeightFile(name, entry.size, entry.lfs.sha256 if entry.lfs else None))
         tensors += _header(api, repo_id, prefix + name, name, commit, entry.size)
+    if index is not None:
+        index.check(tuple(tensors))
     identity = make_identity(repo_id, revision, commit, config, files)
     return FileSource(identity, config, unique(tensors), locate)
 
@@ -132,6 +135,6 @@ def _cached_folder(repo_id: str, commit: str, subfolder: str) -> Path | None:
         return Path(path) if isinstance(path, str) else None
 
     config, index = cached("config.json"), cached(INDEX)
-    names = ["model.safetensors"] if index is None else shard_names(index.read_bytes(), f"{repo_id}/{INDEX}")
+    names = ["model.safetensors"] if index is None else read_index(index.read_bytes(), f"{repo_id}/{INDEX}").shards
     complete = config is not None and all(cached(name) is not None for name in names)
     return config.parent if config is not None and complete else None

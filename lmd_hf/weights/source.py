@@ -125,10 +125,18 @@ def open_source(
 
 def open_folder(folder: Path, *, identifier: str) -> FileSource:
     """A folder in Hub layout: config.json and model.safetensors, or shards with their index."""
-    names = weight_files([p.relative_to(folder).as_posix() for p in sorted(folder.glob("*"))], str(folder))
-    if INDEX in names:
-        names = _shards((folder / INDEX).read_bytes(), {p.name for p in folder.glob("*")}, f"{folder}/{INDEX}")
-    return _from_files(folder, names, read_config(folder / "config.json"), identifier)
+    present = sorted(path.name for path in folder.iterdir())
+    names = weight_files(present, str(folder))
+    if INDEX not in names:
+        return _from_files(folder, names, read_config(folder / "config.json"), identifier)
+    index = read_index((folder / INDEX).read_bytes(), f"{folder}/{INDEX}")
+    if absent := [name for name in index.shards if name not in present]:
+        raise FormatError(
+            f"{folder}/{INDEX}: names {len(absent)} shards that are absent, first '{absent[0]}'; download them"
+        )
+    source = _from_files(folder, index.shards, read_config(folder / "config.json"), identifier)
+    index.check(source.tensors)
+    return source
 
 
 def _open_file(path: Path) -> FileSource:
@@ -190,23 +198,33 @@ def _pickle_refusal(name: str) -> str:
     )
 
 
-def _shards(index: bytes, present: set[str], where: str) -> list[str]:
-    names = shard_names(index, where)
-    absent = [name for name in names if name not in present]
-    if absent:
-        raise FormatError(f"{where}: names {len(absent)} shards that are absent, first '{absent[0]}'; download them")
-    return names
+@dataclass(frozen=True)
+class Index:
+    """model.safetensors.index.json: which shards there are, and which tensors they promise."""
+
+    shards: list[str]
+    promised: set[str]
+    where: str
+
+    def check(self, tensors: tuple[TensorRef, ...]) -> None:
+        """`FormatError` if the shards do not hold every tensor that the index promises."""
+        if missing := sorted(self.promised - {tensor.name for tensor in tensors}):
+            raise FormatError(
+                f"{self.where}: promises {len(missing)} tensors that no shard holds, first '{missing[0]}'; "
+                "the shards belong to another version: download them again"
+            )
 
 
-def shard_names(index: bytes, where: str) -> list[str]:
-    """The shards that an index names, in order; `FormatError` if it is not an index, or names a file elsewhere."""
+def read_index(data: bytes, where: str) -> Index:
+    """The index of a sharded checkpoint; `FormatError` if it is none, or names a file elsewhere."""
     try:
-        names = sorted(set(json.loads(index)["weight_map"].values()))
+        weight_map = json.loads(data)["weight_map"]
+        shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FormatError(f"{where}: not a safetensors index (JSON with a weight_map); download it again") from None
-    if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+    if not shards or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards):
         raise FormatError(f"{where}: the weight_map must name .safetensors files beside it; download it again")
-    return names
+    return Index(shards, set(weight_map), where)
 
 
 def read_config(path: Path) -> dict[str, Any] | None:

@@ -158,6 +158,14 @@ def test_an_index_that_names_absent_shards(tmp_path):
         open_source(tmp_path)
 
 
+def test_an_index_of_another_version(tmp_path):
+    save_file({"a.weight": torch.ones(2, 4)}, tmp_path / "model-1.safetensors")
+    promised = {"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(promised))
+    with pytest.raises(FormatError, match=r"promises 1 tensors that no shard holds, first 'b\.weight'"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     "index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 3}}']
 )
