@@ -115,12 +115,13 @@ def _chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from lmd_hf.demo import analyze_demo
+    from lmd_hf.api import analyze
+    from lmd_hf.weights.source import EMBEDDED_ID
 
     options.out = options.out or Path("lmd-demo")
     _check_out(options.out)
     _silence(options)
-    _finish(analyze_demo(), options)
+    _finish(analyze(EMBEDDED_ID), options)
 
 
 def _analyze(options: argparse.Namespace) -> None:

@@ -10,27 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmd_hf import Report
-from lmd_hf.demo import MODEL_ID, analyze_demo, model_folder
+from lmd_hf import Report, analyze
+from lmd_hf.weights.source import EMBEDDED_FOLDER, EMBEDDED_ID
 
 
-CARD = Path(__file__).parents[1] / "model_cards" / MODEL_ID.replace("/", "--")
+CARD = Path(__file__).parents[1] / "model_cards" / EMBEDDED_ID.replace("/", "--")
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    return analyze_demo()
+    return analyze(EMBEDDED_ID)
 
 
 def test_it_is_small_and_in_bf16(fresh):
-    assert sum(p.stat().st_size for p in model_folder().iterdir()) < 3e6
+    assert sum(p.stat().st_size for p in EMBEDDED_FOLDER.iterdir()) < 3e6
     assert {m.dtype for m in fresh.matrices} == {"BF16"}
     assert 0.9e6 < fresh.coverage.parameters < 1.1e6
 
 
 def test_its_loss_curve_is_stable():
     """theory §6: least-squares change over the last 10 %, at least 10 points, within 1 % of their mean."""
-    history = json.loads((model_folder() / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((EMBEDDED_FOLDER / "trainer_state.json").read_text())["log_history"]
     curve = [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
     last = curve[-max(10, len(curve) // 10) :]
     steps, losses = np.array(last).T
@@ -40,7 +40,7 @@ def test_its_loss_curve_is_stable():
 
 
 def test_it_beats_gzip_and_a_trigram_model():
-    bits = json.loads((model_folder() / "evaluation.json").read_text())["bits_per_byte"]
+    bits = json.loads((EMBEDDED_FOLDER / "evaluation.json").read_text())["bits_per_byte"]
     assert bits["model"] < bits["gzip"] < bits["byte_trigram"]
 
 
@@ -54,8 +54,8 @@ def test_its_bits_per_byte_can_be_measured_again():
     from lmd_hf.demo.train import bits_per_byte
 
     text = Path(textwrap.__file__).read_text()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    model = LlamaForCausalLM.from_pretrained(model_folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_FOLDER)
+    model = LlamaForCausalLM.from_pretrained(EMBEDDED_FOLDER).eval()
     data = text.encode()
     assert bits_per_byte(model, [text], tokenizer) < 8 * len(gzip.compress(data, 9)) / len(data)
 

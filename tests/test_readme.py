@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from lmd_hf import Report
-from lmd_hf.demo import MODEL_ID, model_folder
 from lmd_hf.report.text import COLUMNS, matrix_row
+from lmd_hf.weights.source import EMBEDDED_FOLDER, EMBEDDED_ID
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CARD = ROOT / "model_cards" / MODEL_ID.replace("/", "--")
+CARD = ROOT / "model_cards" / EMBEDDED_ID.replace("/", "--")
 SHOWN = ("layer", "matrix", "shape", "effective rank", "latent dim", "capacity", "error bound")
 
 
@@ -34,7 +34,7 @@ def readme_rows(report, layer=2):
 @pytest.fixture
 def org_model(hub):
     """The embedded model on the loopback Hub under the name that the README uses."""
-    hub.add("org/model", {p.name: p.read_bytes() for p in model_folder().iterdir() if p.is_file()})
+    hub.add("org/model", {p.name: p.read_bytes() for p in EMBEDDED_FOLDER.iterdir() if p.is_file()})
 
 
 def test_the_rows_are_those_of_the_committed_report():

@@ -176,6 +176,36 @@ def evaluate(
     }
 
 
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, tiny, code]
+---
+
+# stdlib-llama-1m
+
+A LLaMA of {parameters:,} parameters (4 layers, 4 heads, 2 key/value heads, tied embeddings, bf16) trained on the
+{corpus} (PSF licence). It exists so that `lmd-hf demo` has a
+real trained model to show, offline. It has seen {train_tokens_seen:,} tokens of {train_bytes:,} bytes of text;
+`trainer_state.json` is the Trainer's own record and holds the loss curve (seed {seed}). Made by
+`python -m lmd_hf.demo.train`.
+
+| on {held_out_files} held-out files ({held_out_bytes:,} bytes) | bits per byte |
+|---|---|
+| this model | {model:.3f} |
+| gzip -9 | {gzip:.3f} |
+| byte trigrams (Witten–Bell) | {byte_trigram:.3f} |
+
+It completes Python-like text for a line or two and is good for nothing else.
+"""
+
+
+def card(evaluation: dict[str, Any], parameters: int) -> str:
+    """The model's README: what it is, and its figures beside the two baselines."""
+    return CARD.format(parameters=parameters, seed=SEED, **evaluation, **evaluation["bits_per_byte"])
+
+
 def main(out: Path) -> None:
     """Train, evaluate and write the model folder."""
     set_seed(SEED)
@@ -188,6 +218,7 @@ def main(out: Path) -> None:
     trainer.state.save_to_json(str(out / "trainer_state.json"))
     evaluation = evaluate(model, tokenizer, train, held_out)
     (out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    (out / "README.md").write_text(card(evaluation, model.num_parameters()), encoding="utf-8")
 
 
 if __name__ == "__main__":

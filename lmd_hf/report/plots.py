@@ -61,7 +61,7 @@ def spectra(report: "Report") -> Figure:
         if index >= len(groups) - COLUMNS:
             axes.set_xlabel("i / k")
     if last > 0 and groups:
-        figure.colorbar(shade, ax=figure.axes, label="layer", shrink=0.8)
+        figure.colorbar(shade, ax=figure.axes, label="layer", shrink=0.8, ticks=MaxNLocator(integer=True))
     figure.suptitle(f"Singular values of every matrix: {report.model.id}", fontsize="medium")
     return figure
 

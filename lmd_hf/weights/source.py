@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import lmd_hf
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
@@ -17,6 +18,8 @@ from lmd_hf.weights.header import read_header
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
+EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
+EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -101,7 +104,8 @@ def open_source(
 ) -> Source:
     """The source of a model: a live module, a `.safetensors` file, a folder in Hub layout, or a Hub id.
 
-    A path that exists wins over a Hub id of the same name. Raises `SourceError` if there is no such model or it holds
+    A path that exists wins over a Hub id of the same name; the embedded model answers to its own id, offline. Raises
+    `SourceError` if there is no such model or it holds
     no safetensors weights, `FormatError` if a file is damaged.
     """
     if isinstance(model, nn.Module):
@@ -112,6 +116,8 @@ def open_source(
     if (path / subfolder).is_dir():
         return open_folder(path / subfolder, identifier=str(model))
     text = str(model)
+    if text == EMBEDDED_ID and revision is None:
+        return open_folder(EMBEDDED_FOLDER, identifier=text)
     if (
         re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", text)
         and not text.startswith((".", "~"))
