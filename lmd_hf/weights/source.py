@@ -105,8 +105,7 @@ def open_source(
     """The source of a model: a live module, a `.safetensors` file, a folder in Hub layout, or a Hub id.
 
     A path that exists wins over a Hub id of the same name; the embedded model answers to its own id, offline. Raises
-    `SourceError` if there is no such model or it holds
-    no safetensors weights, `FormatError` if a file is damaged.
+    `SourceError` if there is no such model or it holds no safetensors weights, `FormatError` if a file is damaged.
     """
     if isinstance(model, nn.Module):
         return _open_live(model)
