@@ -120,14 +120,14 @@ def _demo(options: argparse.Namespace) -> None:
 
     options.out = options.out or Path("lmd-demo")
     _check_out(options.out)
-    _silence(options)
+    _begin(options)
     _finish(analyze(EMBEDDED_ID), options)
 
 
 def _analyze(options: argparse.Namespace) -> None:
     if options.out is not None:
         _check_out(options.out)
-    _silence(options)
+    _begin(options)
     _finish(_run_analysis(options), options)
 
 
@@ -157,7 +157,7 @@ def _plan(options: argparse.Namespace) -> None:
     from lmd_hf.records import Settings
     from lmd_hf.report.plan_text import plan_to_dict, plan_to_text
 
-    _silence(options)
+    _begin(options)
     todo = plan(
         options.model,
         revision=options.revision,
@@ -168,7 +168,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    _silence(options)
+    _begin(options)
     path = Path(options.model)
     if path.suffix == ".json" or (path / "report.json").is_file():
         from lmd_hf.report.report import Report
@@ -188,11 +188,15 @@ def _check_out(folder: Path) -> None:
     write_folder(folder, {})
 
 
-def _silence(options: argparse.Namespace) -> None:
-    if options.quiet:
-        from huggingface_hub.utils import disable_progress_bars
+def _begin(options: argparse.Namespace) -> None:
+    """Say that work has begun (importing torch and transformers alone takes seconds), or silence every bar."""
+    if not options.quiet:
+        if sys.stderr.isatty():
+            _say(f"lmd-hf: reading {getattr(options, 'model', 'the embedded model')} …")
+        return
+    from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()
+    disable_progress_bars()
 
 
 def _say(text: str, code: int = EXIT_DONE) -> int:
