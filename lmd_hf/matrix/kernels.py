@@ -25,6 +25,7 @@ RITZ_CUT = (
     1 / 2000
 )  # values below RITZ_CUT · σ₁ are refined: there the Gram route still has 9 digits, so the cut is safe
 SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
+TALL = 2  # and so does refining a matrix that is less than twice as long as wide: eigenvectors cost more than its SVD
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
     stability of the product and of the symmetric eigensolver: Higham 2002, §3.5; LAPACK Users' Guide 1999, §4.7), so
     the relative error of σᵢ is taken as 8u·((σ₁/σᵢ)² + √k). Where that passes 1e-7, the small values are refined:
     with Q the eigenvectors of G below (σ₁/2000)², the singular values of W·Q have absolute error 8u·√k·σ₁
-    (Rayleigh–Ritz on an invariant subspace, Parlett 1998, §11). Where many values are small, the SVD of W itself runs
-    instead, with the same bound. The constant 8 is calibrated against LAPACK's SVD, with room to spare on every case
+    (Rayleigh–Ritz on an invariant subspace, Parlett 1998, §11). Where many values are small, or W is not tall, the SVD
+    of W itself is cheaper and runs instead, with the same bound. The constant 8 is calibrated against LAPACK's SVD,
+    with room to spare on every case
     of `tests/matrix/test_kernels.py`; the provable constants grow with k and are far too large to be of use.
 
     Raises `ValueError` if W has no entries or holds NaN or infinity.
@@ -64,12 +66,12 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
     if _gram_error(values) <= ACCURACY:
         return Spectrum(values * scale, _gram_error(values), "gram")
     small = int((values < RITZ_CUT * values[0]).sum())
-    if small <= SMALL_SHARE * len(values):
+    if small <= SMALL_SHARE * len(values) and w_LK.shape[0] > TALL * w_LK.shape[1]:
         values[len(values) - small :] = _ritz_values(w_LK, gram, small, scale)
         values = values.sort(descending=True).values
         method = "gram+ritz"
     else:
-        values = torch.linalg.svdvals(w_LK.to(torch.float64) / scale).cpu()
+        values = _singular_values(w_LK.to(torch.float64) / scale)
         method = "svd"
     return Spectrum(values * scale, _refined_error(values, method), method)
 
@@ -122,16 +124,20 @@ def _eigenvalues(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).cpu()
 
 
+def _singular_values(w: Tensor) -> Tensor:
+    """Descending, on the CPU, from LAPACK's divide and conquer (cuSOLVER on a GPU)."""
+    if w.device.type == "cpu":
+        return torch.from_numpy(np.linalg.svd(w.numpy(), compute_uv=False))
+    return torch.linalg.svdvals(w).cpu()
+
+
 def _ritz_values(w_LK: Tensor, gram: Tensor, count: int, scale: float) -> Tensor:
     """Singular values of W·Q, Q the eigenvectors of the `count` smallest eigenvalues of the Gram matrix."""
     if gram.device.type == "cpu":
-        import scipy.linalg  # a fifth of a second that most models do not need
-
-        q = torch.from_numpy(scipy.linalg.eigh(gram.numpy(), subset_by_index=[0, count - 1], check_finite=False)[1])
+        q = torch.from_numpy(np.linalg.eigh(gram.numpy())[1][:, :count])
     else:
         q = torch.linalg.eigh(gram).eigenvectors[:, :count]
-    projected = torch.cat([chunk @ q.to(chunk.device) for chunk in _chunks(w_LK, scale)])
-    return torch.linalg.svdvals(projected).cpu()
+    return _singular_values(torch.cat([chunk @ q for chunk in _chunks(w_LK, scale)]))
 
 
 def _gram_error(values: Tensor) -> float:

@@ -127,7 +127,7 @@ def stack_words() -> dict[str, list[str]]:
 
 def _family_row(kind: str, path: str, config: Config) -> dict[str, Any] | None:
     for row in _table()[kind]:
-        if "models" in row and config.model_type not in row["models"]:
+        if "models" in row and (config.model_type or "") not in row["models"]:
             continue
         applies = all(config.values.get(key) == value for key, value in row.get("when", {}).items())
         if applies and row["regex"].search(path):

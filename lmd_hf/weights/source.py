@@ -270,6 +270,8 @@ def _open_live(module: nn.Module) -> LiveSource:
     first: dict[int, str] = {}
     shared = []
     for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):  # extra state of a module, such as a quantiser's, is no parameter
+            continue
         if id(value) in first:
             shared.append((name, first[id(value)]))
         else:

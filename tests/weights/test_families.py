@@ -155,6 +155,17 @@ def test_fused_gate_and_up_split_as_the_model_does(save):
     torch.testing.assert_close(found["up"], up, rtol=0, atol=0)
 
 
+def test_a_layout_is_never_borrowed_from_another_family():
+    """CodeGen's qkv_proj has Phi-3's name, but interleaves its parts four ways: it must be listed, not split."""
+    import transformers as t
+
+    config = t.CodeGenConfig(n_embd=H, n_layer=L, n_head=models.HEADS, rotary_dim=4, vocab_size=V, n_positions=20)
+    inventory = list_matrices(open_source(t.CodeGenForCausalLM(config)))
+    assert [s.name for s in inventory.skipped if "no rule for" in s.reason] == [
+        f"transformer.h.{layer}.attn.qkv_proj.weight" for layer in range(L)
+    ]
+
+
 def test_without_a_family_row_a_fused_matrix_is_skipped_with_the_remedy(save, tmp_path):
     for path in save("gpt_neox").glob("*.safetensors"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
