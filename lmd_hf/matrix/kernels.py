@@ -50,8 +50,8 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
     with Q the eigenvectors of G below (σ₁/2000)², the singular values of W·Q have absolute error 8u·√k·σ₁
     (Rayleigh–Ritz on an invariant subspace, Parlett 1998, §11). Where many values are small, or W is not tall, the SVD
     of W itself is cheaper and runs instead, with the same bound. The constant 8 is calibrated against LAPACK's SVD,
-    with room to spare on every case
-    of `tests/matrix/test_kernels.py`; the provable constants grow with k and are far too large to be of use.
+    with room to spare on every case of `tests/matrix/test_kernels.py`; the provable constants grow with k and are far
+    too large to be of use.
 
     Raises `ValueError` if W has no entries or holds NaN or infinity.
     """

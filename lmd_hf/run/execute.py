@@ -2,6 +2,7 @@
 
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -76,11 +77,17 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Worker threads that share the cores. On an interrupt, what has not started is dropped at once."""
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
-    with threadpool_limits(limits=max(1, cores // workers)):
-        try:
-            yield pool
-        finally:  # when all went well, nothing is left to wait for
-            pool.shutdown(wait=False, cancel_futures=True)
+    limits = threadpool_limits(limits=max(1, cores // workers))
+    finished = False
+    try:
+        yield pool
+        finished = True
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if finished:
+            limits.restore_original_limits()
+        else:  # restoring waits for a BLAS call under way; an interrupt must not
+            threading.Thread(target=limits.restore_original_limits, daemon=True).start()
 
 
 def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome:
