@@ -44,9 +44,14 @@ print("compute", time.perf_counter() - begun, file=sys.stderr)
 """
 OURS = """
 import sys
-from lmd_hf.api import analyze
-seconds = sum(analyze(sys.argv[1], match=glob).timing["execute"] for glob in sys.argv[2].split(","))
-print("compute", seconds, file=sys.stderr)
+from lmd_hf.records import Settings
+from lmd_hf.run.execute import execute
+from lmd_hf.run.plan import make_plan
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
+source = open_source(sys.argv[1])
+plans = [make_plan(list_matrices(source), source.identity, Settings(match=glob)) for glob in sys.argv[2].split(",")]
+print("compute", sum(execute(plan, source).timing["execute"] for plan in plans), file=sys.stderr)
 """
 FLOOR = """
 import sys, time

@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import tqdm
 
+from lmd_hf.errors import SettingsError
 from lmd_hf.records import Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.report import Report
-from lmd_hf.run.execute import execute
+from lmd_hf.run.execute import Ahead, execute, head_start
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.identity import with_hashes
-from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.source import Source, open_source
 
 
@@ -49,16 +51,21 @@ def analyze(
     """
     settings = Settings(metric, kernel, tuple(roles), layers, match, device)
     started = time.perf_counter()
-    source, todo, timing = _prepare(model, revision, subfolder, token, settings)
+    source = open_source(model, revision=revision, subfolder=subfolder, token=token)
+    opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:
-        identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
-        with tqdm(total=100, desc="decomposing", unit="%", delay=QUIET_SECONDS, name="lmd_hf.analyze", **_BAR) as bar:
-            results = execute(todo, source, progress=_advance(bar, todo))
+        with _ahead(source, settings) as ahead:  # transformers takes seconds to import: the first matrices overlap it
+            todo = make_plan(list_matrices(source), source.identity, settings)
+            planned = time.perf_counter()
+            identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
+            with tqdm(total=100, desc="decomposing", delay=QUIET_SECONDS, name="lmd_hf.analyze", **_BAR) as bar:
+                results = execute(todo, source, ahead=ahead, progress=_advance(bar, todo))
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
-    timing |= {**results.timing, "total": time.perf_counter() - started}
+    timing = {"open": opened - started, "plan": planned - opened, **results.timing}
+    timing["total"] = time.perf_counter() - started
     return build_report(hashed, todo, replace(results, timing=timing))
 
 
@@ -71,21 +78,21 @@ def plan(
     settings: Settings | None = None,
 ) -> Plan:
     """What `analyze` would do, from headers alone: no weight is downloaded or read."""
-    return _prepare(model, revision, subfolder, token, settings or Settings())[1]
+    source = open_source(model, revision=revision, subfolder=subfolder, token=token)
+    return make_plan(list_matrices(source), source.identity, settings or Settings())
 
 
 _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}
 
 
-def _prepare(
-    model: str | Path | nn.Module, revision: str | None, subfolder: str, token: str | bool | None, settings: Settings
-) -> tuple[Source, Plan, dict[str, float]]:
-    started = time.perf_counter()
-    source = open_source(model, revision=revision, subfolder=subfolder, token=token)
-    opened = time.perf_counter()
-    inventory = list_matrices(source)
-    todo = make_plan(inventory, source.identity, settings)
-    return source, todo, {"open": opened - started, "plan": time.perf_counter() - opened}
+def _ahead(source: Source, settings: Settings) -> AbstractContextManager[Ahead]:
+    """The matrices that names alone reveal, under way. A live module needs none: its libraries are imported."""
+    if source.module is not None:
+        return nullcontext({})
+    try:
+        return head_start(make_plan(list_by_name(source), source.identity, settings), source)
+    except SettingsError:  # names alone may miss what was selected; the final plan decides
+        return nullcontext({})
 
 
 def _advance(bar: tqdm, todo: Plan) -> Callable[[Work], None]:

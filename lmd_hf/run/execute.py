@@ -4,8 +4,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,29 +14,53 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lmd_hf.errors import NoDataError, SettingsError
+from lmd_hf.matrix.kernels import Spectrum, get_kernel
 from lmd_hf.records import Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
-from lmd_hf.run.measure import measure
+from lmd_hf.run.measure import measure, to_row
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import read_matrix
 
 
 Outcome = MatrixReport | Skipped | Alias
+Ahead = Mapping[Any, Future[Spectrum]]  # by `_entries`
 MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
 
 
-def execute(plan: Plan, source: Source, *, rank: int = 0, progress: Callable[[Work], None] | None = None) -> Results:
+@contextmanager
+def head_start(plan: Plan, source: Source) -> Iterator[Ahead]:
+    """Spectra of a provisional plan, computed in the background until `execute` takes over with the final one.
+
+    A spectrum depends on which entries of a stored tensor form the matrix, not on role or orientation, so what was
+    planned from names alone stays valid wherever the final plan cuts the same matrix.
+    """
+    device = pick_device(plan.settings.device)
+    works = [plan.works[index] for index in plan.shards[0]]
+    with _pool(_workers(works, device)) as pool:
+        yield {_entries(w.ref): pool.submit(_spectrum, source, w, device) for w in works}
+
+
+def execute(
+    plan: Plan,
+    source: Source,
+    *,
+    rank: int = 0,
+    ahead: Ahead | None = None,
+    progress: Callable[[Work], None] | None = None,
+) -> Results:
     """Decompose this rank's share of a plan, most expensive matrix first, and return rows in the plan's order.
 
     On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
-    matrix that cannot be done becomes `Skipped`; the others go on. `progress` is called, in this thread, after each.
+    matrix that cannot be done becomes `Skipped`; the others go on. `ahead` holds what a head start has done or is
+    doing. `progress` is called, in this thread, after each matrix.
     """
     started = time.perf_counter()
+    ahead = {entries: future for entries, future in (ahead or {}).items() if not future.cancel()}
     device = pick_device(plan.settings.device)
     shard = plan.shards[rank]
     workers = _workers([plan.works[index] for index in shard], device)
     outcomes: dict[int, Outcome] = {}
     with _pool(workers) as pool:
-        futures = {pool.submit(_do, source, plan, plan.works[index], device): index for index in shard}
+        futures = {pool.submit(_do, source, plan, plan.works[index], device, ahead): index for index in shard}
         for future in as_completed(futures):
             outcomes[futures[future]] = future.result()
             if progress is not None:
@@ -90,8 +114,20 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
             threading.Thread(target=limits.restore_original_limits, daemon=True).start()
 
 
-def _do(source: Source, plan: Plan, work: Work, device: torch.device) -> Outcome:
+def _entries(ref: MatrixRef) -> tuple[Any, ...]:
+    """Which stored entries form the matrix: two that agree here have the same singular values."""
+    return ref.tensors, ref.stored, ref.expert, ref.rows
+
+
+def _spectrum(source: Source, work: Work, device: torch.device) -> Spectrum:
+    return get_kernel(work.kernel)(read_matrix(source, work.ref).to(device))
+
+
+def _do(source: Source, plan: Plan, work: Work, device: torch.device, ahead: Ahead) -> Outcome:
     ref = work.ref
+    done = ahead.get(_entries(ref))
+    if done is not None and ref.tied_to is None and plan.settings.metric == "identity" and done.exception() is None:
+        return to_row(ref, done.result(), kernel=work.kernel)
     try:
         w = read_matrix(source, ref)
     except NoDataError as error:

@@ -27,11 +27,15 @@ def measure(source: Source, ref: MatrixRef, w_OI: Tensor, *, metric: str, kernel
         gain = norm(read_gain(source, ref.norm).to(w_OI.device))
         spectrum = get_kernel(kernel)(gain.power_times(0.5, w_OI.to(torch.float64).T).T)
         used = "norm"
-    return _report(ref, spectrum, raw, used, kernel)
+    return to_row(ref, spectrum, raw, metric=used, kernel=kernel)
 
 
-def _report(ref: MatrixRef, spectrum: Spectrum, raw: np.ndarray, metric: str, kernel: str) -> MatrixReport:
+def to_row(
+    ref: MatrixRef, spectrum: Spectrum, raw: np.ndarray | None = None, *, metric: str = "identity", kernel: str
+) -> MatrixReport:
+    """Every number of theory for a matrix, from its spectrum in a metric and `raw`, σ(W), where that is another."""
     s = spectrum.values.numpy()
+    raw = s if raw is None else raw
     s.flags.writeable = False
     latent, rule = dimension.latent_dimension(s, raw, max(ref.shape), metric)
     participation = dimension.participation_ratio(s)

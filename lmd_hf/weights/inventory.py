@@ -27,7 +27,15 @@ OTHER = Role("", "other")
 
 def list_matrices(source: Source) -> Inventory:
     """The inventory of a source: selected + skipped + stored aliases add up to every parameter that is stored."""
-    tree = read_tree(source.tensors, source.config, source.module)
+    return _list(source, read_tree(source.tensors, source.config, source.module))
+
+
+def list_by_name(source: Source) -> Inventory:
+    """What names and shapes alone tell, at once and without importing transformers."""
+    return _list(source, read_tree(source.tensors, None, None))
+
+
+def _list(source: Source, tree: Tree) -> Inventory:
     context = _Context(source.tensors, tree)
     selected: list[MatrixRef] = []
     skipped: list[Skipped] = []

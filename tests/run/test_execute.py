@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lmd_hf import analyze
 from lmd_hf.records import Settings
-from lmd_hf.run.execute import execute, pick_device
+from lmd_hf.run.execute import execute, head_start, pick_device
 from lmd_hf.run.plan import make_plan
-from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.source import open_source
 
 
@@ -183,3 +183,19 @@ def test_an_unknown_device_is_named():
     with pytest.raises(SettingsError, match="device 'abacus' cannot be used"):
         pick_device("abacus")
     assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mixtral", "vit", "t5"])
+@pytest.mark.parametrize("metric", ["identity", "norm"])
+def test_a_head_start_from_names_alone_changes_no_number(save, family, metric):
+    source = open_source(save(family))
+    settings = Settings(metric=metric)
+    final = make_plan(list_matrices(source), source.identity, settings)
+    alone = execute(final, source)
+    with head_start(make_plan(list_by_name(source), source.identity, settings), source) as ahead:
+        [future.exception() for future in ahead.values()]  # all done before the plan is known: the other extreme
+        together = execute(final, source, ahead=ahead)
+    assert together.matrices == alone.matrices
+    for one, other in zip(together.matrices, alone.matrices, strict=True):
+        np.testing.assert_array_equal(one.singular_values, other.singular_values)
+    assert (together.skipped, together.aliases) == (alone.skipped, alone.aliases)
