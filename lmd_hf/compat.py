@@ -1,6 +1,8 @@
 """The one place for feature detection: what differs between versions of Python and of our packages."""
 
+import re
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -9,11 +11,24 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["checkpoint_key_map", "resolve_commit", "tomllib", "unreachable_errors"]
+__all__ = ["Target", "checkpoint_key_map", "resolve_commit", "tomllib", "unreachable_errors"]
 
 
-def checkpoint_key_map(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
-    """{checkpoint name: (name in the model, whether several checkpoint tensors feed that parameter)}.
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint tensor becomes: the parameter `name`, or what a converter makes of it, alone or with others.
+
+    `pieces` are the ends of the parameters that it is cut into along its first axis, in order, if that is all that is
+    done to it.
+    """
+
+    name: str
+    converted: bool = False
+    pieces: tuple[str, ...] = ()
+
+
+def checkpoint_key_map(model: Any, names: list[str]) -> dict[str, Target]:
+    """{checkpoint name: what it becomes in the model}.
 
     Through the renamings and converters that transformers 5 itself loads with; where a version lacks them, or knows
     no better name, a tensor keeps its own.
@@ -24,7 +39,7 @@ def checkpoint_key_map(model: Any, names: list[str]) -> dict[str, tuple[str, boo
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         prefix = f"{model.base_model_prefix}."
-        return {name: (name if name in parameters else _with_prefix(name, prefix, parameters), False) for name in names}
+        return {name: Target(name if name in parameters else _with_prefix(name, prefix, parameters)) for name in names}
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -33,8 +48,18 @@ def checkpoint_key_map(model: Any, names: list[str]) -> dict[str, tuple[str, boo
         target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         if target not in parameters and name in parameters:
             target, source = name, None
-        result[name] = (target, source is not None)
+        converter = next((c for c in converters if source in c.source_patterns), None)
+        result[name] = Target(target, source is not None, _pieces(converter))
     return result
+
+
+def _pieces(converter: Any) -> tuple[str, ...]:
+    """The targets of a converter that only cuts its one source along the first axis (and perhaps orders the rows of
+    every head for another form of rotary position, which no singular value feels); none for any other."""
+    operations = [type(operation).__name__ for operation in converter.operations] if converter is not None else []
+    if operations not in (["Chunk"], ["Chunk", "PermuteForRope"]) or converter.operations[0].dim != 0:
+        return ()
+    return tuple(re.sub(r"[\\^$]|\.weight$", "", pattern).strip(".") for pattern in converter.target_patterns)
 
 
 def _with_prefix(name: str, prefix: str, parameters: dict[str, Any]) -> str:

@@ -1,16 +1,16 @@
 """From tensor names to places in the network: the module tree is built without memory and asked what each tensor is."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from lmd_hf.compat import checkpoint_key_map
+from lmd_hf.compat import Target, checkpoint_key_map
 from lmd_hf.records import TensorRef
-from lmd_hf.weights.families import Config, fact, find_role
+from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_role
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,11 +26,17 @@ _BUILD_ERRORS = (
 class Place:
     """Where a stored tensor goes. `path` is the module's (without `.weight`); `kind` is one of `linear`, `conv1d`
     (transformers' transposed linear), `conv`, `conv_transposed`, `embedding`, `experts`, `experts_transposed`,
-    `vector`, `buffer`, `ignored` (the model class drops it when loading) and `parameter` (anything else)."""
+    `vector`, `buffer`, `ignored` (the model class drops it when loading) and `parameter` (anything else). `inside` is
+    the word for the class of the module that holds it: `attention`, `mlp` …, "" if that says nothing. `pieces` are the
+    paths that transformers cuts it into along its first axis. `module` is where it ends up, if its own name does not
+    say so."""
 
     path: str
     kind: str
     interleaved: bool = False
+    inside: str = ""
+    pieces: tuple[str, ...] = ()
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,28 +56,28 @@ def read_tree(tensors: tuple[TensorRef, ...], config: dict[str, Any] | None, mod
         module = _meta_model(config, notes)
         mapped = checkpoint_key_map(module, [t.name for t in tensors]) if module is not None else {}
     else:
-        mapped = {tensor.name: (tensor.name, False) for tensor in tensors}
+        mapped = {tensor.name: Target(tensor.name) for tensor in tensors}
     if module is None:
         places = _places_by_name(tensors)
         return Tree(places, {}, Config(config), tuple(notes))
-    known = _known_parameters(module)
+    values = _config_values(module, config)
+    known = _known_parameters(module, Config(values))
     by_name = _places_by_name(tensors)
     ignored = [re.compile(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     places = {}
     for tensor in tensors:
-        target, merged = mapped[tensor.name]
-        if merged:  # several stored tensors feed one parameter: each keeps its own name and is a plain matrix
-            places[tensor.name] = by_name[tensor.name]
-        elif target in known:
-            places[tensor.name] = known[target]
+        target = mapped[tensor.name]
+        if target.converted:
+            places[tensor.name] = _converted(tensor, by_name[tensor.name], target, known, module)
+        elif target.name in known:
+            places[tensor.name] = known[target.name]
         elif any(pattern.search(tensor.name) for pattern in ignored):
             places[tensor.name] = Place(tensor.name, "ignored")
         else:
             places[tensor.name] = by_name[tensor.name]
-    unknown = sum(1 for t in tensors if mapped[t.name][0] not in known and places[t.name].kind != "ignored")
+    unknown = sum(1 for t in tensors if mapped[t.name].name not in known and places[t.name].kind != "ignored")
     if unknown:
         notes.append(f"{unknown} tensors are not in {type(module).__name__}; their roles are read from their names")
-    values = _config_values(module, config)
     return Tree(places, _ties(module, mapped), Config(values), tuple(notes))
 
 
@@ -107,21 +113,37 @@ def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | 
         return None
 
 
-def _known_parameters(module: nn.Module) -> dict[str, Place]:
+def _known_parameters(module: nn.Module, config: Config) -> dict[str, Place]:
     """{parameter or buffer name: its place} for a whole module tree."""
     result = {}
-    for path, child in module.named_modules():
+    classes = dict(module.named_modules())
+    for path, child in classes.items():
         prefix = f"{path}." if path else ""
+        inside = _inside(path, classes)
         for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            result[prefix + name] = _place(path, name, child, parameter)
+            result[prefix + name] = replace(_place(path, name, child, parameter, config), inside=inside)
         for name, _ in child.named_buffers(recurse=False, remove_duplicate=False):
             result[prefix + name] = Place(prefix + name, "buffer")
     return result
 
 
-def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter) -> Place:
+def _inside(path: str, modules: dict[str, nn.Module]) -> str:
+    """What holds the module at `path`: its own class's word if it is a container itself, else that of the module
+    around it, looking through lists and through the output halves that BERT makes modules of."""
+    while True:
+        owner = modules[path]
+        name = type(owner).__name__
+        if word := find_container(name):
+            return word
+        bare = not any(owner.children()) or isinstance(owner, (nn.ModuleList, nn.Sequential))
+        if not path or not (bare or name.endswith("Output")):
+            return ""
+        path = path.rpartition(".")[0]
+
+
+def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, config: Config) -> Place:
     full = f"{path}.{name}" if path else name
-    if name.endswith("bias") or (sum(size > 1 for size in parameter.shape) < 2 and parameter.ndim != 2):
+    if "bias" in name.rsplit("_", 1)[-1] or (sum(size > 1 for size in parameter.shape) < 2 and parameter.ndim != 2):
         return Place(full, "vector")
     if isinstance(owner, nn.Embedding):
         return Place(path, "embedding")
@@ -131,9 +153,10 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter) -> P
         return Place(path, "conv_transposed")
     if type(owner).__name__ == "Conv1D":
         return Place(path, "conv1d")
-    if parameter.ndim == 3 and re.search(r"(?:^|\.)experts$", path):
-        kind = "experts_transposed" if getattr(owner, "is_transposed", False) else "experts"
-        return Place(full, kind, interleaved=not getattr(owner, "is_concatenated", True))
+    if parameter.ndim == 3 and find_container(type(owner).__name__) == "experts":
+        turned = getattr(owner, "is_transposed", False) or family_fact("experts_transposed", config)
+        stem = path if name == "weight" else full
+        return Place(stem, "experts_transposed" if turned else "experts", not getattr(owner, "is_concatenated", True))
     if parameter.ndim == 2 and name == "weight":  # nn.Linear, and routers that hold a weight of their own
         return Place(path, "linear")
     if parameter.ndim == 2 and name == "in_proj_weight":
@@ -141,9 +164,26 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter) -> P
     return Place(full, "parameter")
 
 
-def _ties(module: nn.Module, mapped: dict[str, tuple[str, bool]]) -> dict[str, str]:
+def _converted(tensor: TensorRef, guess: Place, target: Target, known: dict[str, Place], module: nn.Module) -> Place:
+    """The place of a tensor that transformers merges, cuts or turns while loading: it keeps its own name.
+
+    Stacked experts stay stacked; where the last two axes differ from the module's, they are turned on disk.
+    """
+    if target.pieces and guess.kind == "linear":
+        return replace(guess, pieces=target.pieces, module=target.name)
+    if target.name not in known:
+        return guess
+    place = known[target.name]
+    if len(tensor.shape) == 3 and place.kind.startswith("experts"):
+        same = tuple(tensor.shape) == tuple(module.get_parameter(target.name).shape)
+        turned = (place.kind == "experts_transposed") == same
+        guess = replace(place, path=guess.path, kind="experts_transposed" if turned else "experts")
+    return replace(guess, inside=place.inside, module=target.name)
+
+
+def _ties(module: nn.Module, mapped: dict[str, Target]) -> dict[str, str]:
     """{name of a tied tensor: stored name of the one it repeats}; the tied one may be stored or not."""
-    stored = {target: name for name, (target, merged) in mapped.items() if not merged}
+    stored = {target.name: name for name, target in mapped.items() if not target.converted}
     groups: dict[str, list[str]] = {}
     for target, source in (getattr(module, "all_tied_weights_keys", None) or {}).items():
         groups.setdefault(source, [source]).append(target)

@@ -10,34 +10,38 @@ from lmd_hf.compat import tomllib
 
 
 _KEYS = {
-    "role": {"ends", "block", "role"},
-    "fused": {"ends", "models", "when", "layout", "kv_heads", "source"},
+    "container": {"class", "word"},
+    "role": {"ends", "block", "role", "part"},
+    "fused": {"ends", "models", "when", "blocks", "order", "source"},
     "norm": {"ends", "models", "when", "gain"},
-    "family": {"models", "gain_offset", "activation"},
+    "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
 _TABLES = {"words", "facts", "stacks"}
-_SUBLISTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+_PARTS = {"qkv": ("q", "k", "v"), "k_v": ("k", "v"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
 class Role:
-    """Block and role of a module; `parts` are the roles inside a fused one."""
+    """Block and role of a module. `part` tells the two matrices of a low-rank pair apart (`a` is applied first);
+    `parts` are the roles inside a fused matrix."""
 
     block: str
     role: str
+    part: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The roles inside a fused matrix; empty for a plain one."""
-        return _SUBLISTS.get(self.role, ())
+        return _PARTS.get(self.role, ())
 
 
 @dataclass(frozen=True)
 class Fused:
-    """How a fused matrix is laid out: `concat`, `groups` or `interleaved`; `kv_heads` is "", "heads" or "one"."""
+    """How a fused matrix is laid out: so many `blocks` of rows, in each of them the parts in `order` (as usual if
+    empty)."""
 
-    layout: str
-    kv_heads: str
+    blocks: int | str
+    order: tuple[str, ...]
 
 
 class Config:
@@ -52,8 +56,12 @@ class Config:
         return self.values.get("model_type")
 
     def get(self, *keys: str) -> Any:
-        """The first of `keys` that has a value."""
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+        """The first of `keys` that has a value; of a composite model without one, the language model's."""
+        inner = self.values.get("text_config")
+        for values in (self.values, inner if isinstance(inner, dict) else {}):
+            if (found := next((values[key] for key in keys if values.get(key) is not None), None)) is not None:
+                return found
+        return None
 
     def of_stack(self, stack: str) -> "Config":
         """The sub-configuration of a stack (`vision_config` …), or the whole."""
@@ -69,8 +77,10 @@ def _table() -> dict[str, Any]:
     words = table["words"]
     for kind in ("role", "fused", "norm"):
         for row in table[kind]:
-            pattern = re.sub(r"\{([A-Z]+)\}", lambda m: words[m.group(1)], row["ends"])
-            row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})$")
+            pattern = re.sub(r"\{([A-Z_]+)\}", lambda m: words[m.group(1)], row["ends"])
+            row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear)?$")  # a linear layer may be wrapped
+    for row in table["container"]:
+        row["regex"] = re.compile(row["class"])
     return table
 
 
@@ -84,16 +94,31 @@ def check_table(table: dict[str, Any]) -> None:
 
 
 @cache
-def find_role(path: str) -> Role | None:
-    """Block and role of the module at `path`, `None` where no row fits."""
-    row = next((row for row in _table()["role"] if row["regex"].search(path)), None)
-    return Role(row["block"], row["role"]) if row else None
+def find_container(class_name: str) -> str:
+    """The word for what a class of modules is (`attention`, `mlp` …), "" for any other class."""
+    return next((row["word"] for row in _table()["container"] if row["regex"].fullmatch(class_name)), "")
 
 
-def find_fused(path: str, config: Config) -> Fused | None:
+@cache
+def find_role(path: str, inside: str = "") -> Role | None:
+    """Block and role of the module at `path`, held by a container that its class calls `inside`; `None` if no row
+    fits."""
+    rows = _table()["role"]
+    row = next((row for row in rows if row["regex"].search(path)), None)
+    if row is None and inside:
+        row = next((row for row in rows if row["regex"].search(_within(path, inside))), None)
+    return Role(row["block"], row["role"], row.get("part", "")) if row else None
+
+
+def _within(path: str, inside: str) -> str:
+    parent, _, leaf = path.rpartition(".")
+    return f"{parent}.{inside}.{leaf}"
+
+
+def find_fused(path: str, config: Config, inside: str = "") -> Fused | None:
     """The layout of a fused matrix. Without a model type only the rows that hold for every family count."""
-    row = _family_row("fused", path, config)
-    return Fused(row["layout"], row.get("kv_heads", "")) if row else None
+    row = _family_row("fused", path, config) or (inside and _family_row("fused", _within(path, inside), config))
+    return Fused(row["blocks"], tuple(row.get("order", ()))) if row else None
 
 
 def find_norm_paths(path: str, config: Config, places: dict[str, str]) -> list[str]:

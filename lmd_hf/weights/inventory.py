@@ -10,6 +10,7 @@ from lmd_hf.records import ROLES, STACKS, Alias, Inventory, MatrixRef, NormRef, 
 from lmd_hf.weights.adapter import Place, Tree, read_tree
 from lmd_hf.weights.families import (
     Config,
+    Fused,
     Role,
     fact,
     family_fact,
@@ -86,10 +87,14 @@ class _Context:
     def __init__(self, tensors: tuple[TensorRef, ...], tree: Tree) -> None:
         self.tree = tree
         self.by_path = {tree.places[t.name].path.removesuffix(".weight"): t for t in tensors}
-        paths = [place.path for place in tree.places.values()]
+        paths = [place.module or place.path for place in tree.places.values()]
         self.stacks = _stacks(paths)
         self.lists = {
-            split[0] for p in paths if (split := _split_block(p)) and (role := find_role(p)) and role.block != ""
+            split[0]
+            for place in tree.places.values()
+            if (split := _split_block(place.module or place.path))
+            and (role := find_role(place.path, place.inside))
+            and (role.block != "" or role.role == "ssm")
         }
         encoder_blocks = [
             (int(m.group(2)), m.group(0)) for p in paths if (m := re.match(r"^(.*\bencoder\.\w+)\.(\d+)(?=\.)", p))
@@ -163,39 +168,59 @@ def _companion_of(tensor: TensorRef, context: _Context) -> str | None:
 def _matrices(tensor: TensorRef, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
     """The matrices inside one readable tensor: one, one an expert, or one a fused part."""
     path = place.path
-    role = find_role(path) or (Role("", "embed") if place.kind == "embedding" else OTHER)
+    role = find_role(path, place.inside) or (Role("", "embed") if place.kind == "embedding" else OTHER)
     if place.kind in ("conv", "conv_transposed"):
         role = Role("", "conv")
     if place.kind == "parameter":
-        return _bare_parameter(tensor, path, context)
+        return _bare_parameter(tensor, place, context)
     stacked = place.kind in ("experts", "experts_transposed")
     if not stacked and len(tensor.shape) != 2 and role.role != "conv":
         return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
-    base = _base(tensor, place, role, context)
+    base, config = _base(tensor, place, role, context), context.config(place.module or path)
+    if place.pieces and tensor.shape[0] % len(place.pieces) == 0:
+        return _pieces(base, place, context)
+    if role.role == "k_v" and find_fused(path, config, place.inside) is None:
+        role = Role(role.block, "kv")  # one matrix that serves as both
+        base = replace(base, role="kv")
     if not role.parts:
         if role.role == "other" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
-            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, context.config(path)))
+            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, config))
         refs = [base]
     else:
-        rows = _part_rows(base.shape[0], place, role, context.config(path))
+        rows = _part_rows(base.shape, place, role, config)
         if rows is None:
-            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, context.config(path)))
-        refs = [_part(base, part, ranges) for part, ranges in zip(role.parts, rows, strict=True)]
+            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, config))
+        refs = [_part(base, part, rows[part]) for part in role.parts]
     refs = [replace(ref, norm=_norm(ref, path, context)) for ref in refs]
     if stacked:
         refs = [_expert(ref, index) for index in range(tensor.shape[0]) for ref in refs]
     return refs
 
 
-def _bare_parameter(tensor: TensorRef, path: str, context: _Context) -> list[MatrixRef] | Skipped:
+def _pieces(whole: MatrixRef, place: Place, context: _Context) -> list[MatrixRef]:
+    """Equal blocks of rows, each with the role of the module that transformers loads it into."""
+    rows = whole.shape[0] // len(place.pieces)
+    refs = []
+    for index, path in enumerate(place.pieces):
+        role = find_role(path) or OTHER
+        part = role.role if role is not OTHER else path.rsplit(".", 1)[-1]
+        ref = _part(whole, part, ((index * rows, (index + 1) * rows, 1),))
+        ref = replace(ref, block=role.block, role=role.role)
+        refs.append(replace(ref, norm=_norm(ref, place.path, context)))
+    return refs
+
+
+def _bare_parameter(tensor: TensorRef, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
     """A weight of no known module: a position table (1, N, d) is an embedding; else it is 2-D, or skipped."""
+    path = place.path
     wide = tuple(size for size in tensor.shape if size > 1)
+    if len(wide) < 2:
+        return Skipped(tensor.name, tensor.shape, "vector")
     if len(wide) != 2:
         return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
     embed = re.search(r"embed|position", path.rsplit(".", 1)[-1]) is not None
-    place = Place(path, "embedding" if embed else "linear")
-    flat = replace(tensor, shape=wide)
-    return [_base(flat, place, Role("", "embed") if embed else (find_role(path) or OTHER), context)]
+    role = Role("", "embed") if embed else (find_role(path, place.inside) or OTHER)
+    return [_base(replace(tensor, shape=wide), replace(place, kind="embedding" if embed else "linear"), role, context)]
 
 
 def _base(tensor: TensorRef, place: Place, role: Role, context: _Context) -> MatrixRef:
@@ -203,14 +228,14 @@ def _base(tensor: TensorRef, place: Place, role: Role, context: _Context) -> Mat
     transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed")
     sizes = tensor.shape[1:] if place.kind.startswith("experts") else tensor.shape
     stored = (sizes[0], math.prod(sizes[1:]))
-    block_layer = context.layer(place.path)
+    where = place.module or place.path
     return MatrixRef(
         name=tensor.name,
-        part="",
-        stack=context.stack(place.path),
+        part=role.part,
+        stack=context.stack(where),
         block=role.block,
         role=role.role,
-        layer=None if role.role == "head" else block_layer,
+        layer=None if role.role == "head" else context.layer(where),
         shape=(stored[1], stored[0]) if transposed else stored,
         dtype=tensor.dtype,
         stored="plain",
@@ -228,36 +253,51 @@ def _expert(ref: MatrixRef, index: int) -> MatrixRef:
     return replace(ref, part=f"expert {index} {ref.part}".rstrip(), expert=index)
 
 
-def _part_rows(out: int, place: Place, role: Role, config: Config) -> list[tuple[tuple[int, int, int], ...]] | None:
-    """Row slices of each part of a fused matrix with `out` rows; `None` where no rule says how it is laid out."""
-    if role.role == "gate_up":
-        if place.interleaved:
-            return [((0, out, 2),), ((1, out, 2),)]
-        return [((0, out // 2, 1),), ((out // 2, out, 1),)] if out % 2 == 0 else None
-    fused = find_fused(place.path, config)
+Ranges = tuple[tuple[int, int, int], ...]
+
+
+def _part_rows(shape: tuple[int, int], place: Place, role: Role, config: Config) -> dict[str, Ranges] | None:
+    """Row slices of each part of a fused matrix (out, in); `None` where no rule says how it is laid out."""
+    out = shape[0]
+    if place.interleaved:
+        return {part: ((start, out, len(role.parts)),) for start, part in enumerate(role.parts)}
+    fused = find_fused(place.path, config, place.inside)
     if fused is None:
         return None
-    heads = config.get("num_attention_heads", "n_head", "num_heads")
-    hidden = config.get("hidden_size", "n_embd", "d_model")
-    size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
-    if fused.layout == "concat":
-        queries = heads * size if heads and size else out // 3
-        if (out - queries) <= 0 or (out - queries) % 2:
-            return None
-        values = (out - queries) // 2
-        return [((0, queries, 1),), ((queries, queries + values, 1),), ((queries + values, out, 1),)]
-    if not heads or not size:
+    sizes = _part_sizes(out, role, fused, config)
+    blocks = fused.blocks if isinstance(fused.blocks, int) else _heads(config)[fused.blocks]
+    if sizes is None or blocks is None or any(size % blocks for size in sizes.values()):
         return None
-    groups = heads if fused.kv_heads == "heads" else config.get("num_kv_heads", "num_key_value_heads") or heads
-    if out != (heads + 2 * groups) * size or heads % groups:
-        return None
-    width = (heads // groups + 2) * size
-    starts = range(0, out, width)
-    return [
-        tuple((s, s + width - 2 * size, 1) for s in starts),
-        tuple((s + width - 2 * size, s + width - size, 1) for s in starts),
-        tuple((s + width - size, s + width, 1) for s in starts),
-    ]
+    ranges: dict[str, list[tuple[int, int, int]]] = {part: [] for part in role.parts}
+    start = 0
+    for _ in range(blocks):
+        for part in fused.order or role.parts:
+            ranges[part].append((start, start + sizes[part] // blocks, 1))
+            start += sizes[part] // blocks
+    return {part: tuple(pieces) for part, pieces in ranges.items()}
+
+
+def _part_sizes(out: int, role: Role, fused: Fused, config: Config) -> dict[str, int] | None:
+    """Rows of each part in all. Equal parts, unless the configuration's heads say that keys and values are fewer."""
+    heads = _heads(config)
+    if role.role == "qkv" and heads["size"] and heads["heads"]:
+        queries = heads["heads"] * heads["size"]
+        for groups in (heads["kv_heads"], 1):
+            if groups and out == queries + 2 * groups * heads["size"]:
+                return {"q": queries, "k": groups * heads["size"], "v": groups * heads["size"]}
+    count = len(role.parts)
+    return dict.fromkeys(role.parts, out // count) if out % count == 0 else None
+
+
+def _heads(config: Config) -> dict[str, int | None]:
+    """Query heads, key/value heads and the size of a head, each `None` where the configuration does not tell."""
+    heads = config.get("num_attention_heads", "n_head", "num_heads", "n_heads")
+    hidden = config.get("hidden_size", "n_embd", "d_model", "embed_dim")
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return {"heads": None, "kv_heads": None, "size": None}
+    groups = config.get("num_kv_heads", "num_key_value_heads")
+    size = config.get("head_dim") or hidden // heads
+    return {"heads": heads, "kv_heads": groups if isinstance(groups, int) else heads, "size": size}
 
 
 def _no_rule(tensor: TensorRef, config: Config) -> str:
