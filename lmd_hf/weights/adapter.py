@@ -16,7 +16,7 @@ from lmd_hf.weights.families import Config, fact, family_fact, find_container, f
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What building an unusual configuration raises: a missing class or package, a value it does not understand.
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     *(ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, OSError),
     StrictDataclassError,
 )
@@ -107,7 +107,7 @@ def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | 
             if name is not None and hasattr(transformers, name):
                 return getattr(transformers, name)(parsed)
             return transformers.AutoModel.from_config(parsed, trust_remote_code=False)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         notes.append(f"transformers cannot build '{model_type}' ({reason}): roles are read from tensor names")
         return None
