@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -18,11 +19,11 @@ from lmd_hf.matrix.kernels import Spectrum, get_kernel
 from lmd_hf.records import Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.measure import measure, to_row
 from lmd_hf.weights.source import Source
-from lmd_hf.weights.stored import read_matrix
+from lmd_hf.weights.stored import Rounding, read_stored
 
 
 Outcome = MatrixReport | Skipped | Alias
-Ahead = Mapping[Any, Future[Spectrum]]  # by `_entries`
+Ahead = Mapping[Any, Future[tuple[Spectrum, Rounding]]]  # by `_entries`
 MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
 
 
@@ -119,23 +120,27 @@ def _entries(ref: MatrixRef) -> tuple[Any, ...]:
     return ref.tensors, ref.stored, ref.expert, ref.rows
 
 
-def _spectrum(source: Source, work: Work, device: torch.device) -> Spectrum:
-    return get_kernel(work.kernel)(read_matrix(source, work.ref).to(device))
+def _spectrum(source: Source, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
+    stored = read_stored(source, work.ref)
+    return get_kernel(work.kernel)(stored.matrix.to(device)), stored.rounding
 
 
 def _do(source: Source, plan: Plan, work: Work, device: torch.device, ahead: Ahead) -> Outcome:
     ref = work.ref
     done = ahead.get(_entries(ref))
     if done is not None and ref.tied_to is None and plan.settings.metric == "identity" and done.exception() is None:
-        return to_row(ref, done.result(), kernel=work.kernel)
+        return to_row(ref, *done.result(), kernel=work.kernel)
     try:
-        w = read_matrix(source, ref)
-    except NoDataError as error:
+        stored = read_stored(source, ref)
+    except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
         return Skipped(ref.name, ref.shape, str(error))
+    w = stored.matrix
     if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
-        return measure(source, ref, w.to(device), metric=plan.settings.metric, kernel=work.kernel)
+        return measure(
+            source, ref, replace(stored, matrix=w.to(device)), metric=plan.settings.metric, kernel=work.kernel
+        )
     except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
         bad = int(w.numel() - torch.isfinite(w).sum().item())
         part = f"{ref.part}: " if ref.part else ""

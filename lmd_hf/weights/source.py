@@ -16,7 +16,12 @@ from lmd_hf.records import ModelIdentity, TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
 
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool, "U8": torch.uint8,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 INDEX = "model.safetensors.index.json"
 EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
@@ -69,7 +74,7 @@ class FileSource:
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads just those bytes: no mapping, so memory in use is the slice itself."""
-        rows = tensor.shape[0]
+        rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         row_bytes = (tensor.stop - tensor.start) // rows
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
@@ -77,7 +82,9 @@ class FileSource:
             file.seek(tensor.start + start * row_bytes)
             if file.readinto(buffer.numpy().data) != len(buffer):
                 raise FormatError(f"{tensor.file}: '{tensor.name}' ends early; the file changed while it was read")
-        return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
+        return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(
+            (stop - start, *tensor.shape[1:]) if tensor.shape else ()
+        )
 
 
 @dataclass(frozen=True)
