@@ -57,7 +57,7 @@ def _list(source: Source, tree: Tree) -> Inventory:
     )
     selected = sorted((replace(ref, tied_to=ties.get(ref.name)) for ref in selected), key=_reading_order)
     parameters = sum(math.prod(tensor.shape) for tensor in source.tensors)
-    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, tree.notes)
+    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, (*source.notes, *tree.notes))
 
 
 def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
