@@ -11,6 +11,8 @@ import numpy as np
 STACKS = ("", "vision", "audio", "text", "encoder", "decoder")  # in the order of the forward pass
 ROLES = ("embed", "conv", "q", "k", "v", "kv", "o", "router", "gate", "up", "down", "ssm", "other", "head")
 
+UNREAD = "could not be read"  # how the reason of a `Skipped` begins whose bytes did not come
+
 
 @dataclass(frozen=True)
 class WeightFile:

@@ -4,31 +4,50 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
-from lmd_hf.errors import NoDataError, SettingsError
+from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
 from lmd_hf.matrix.kernels import Spectrum, get_kernel
-from lmd_hf.records import Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
+from lmd_hf.records import UNREAD, Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.measure import measure, to_row
-from lmd_hf.weights.source import Source
-from lmd_hf.weights.stored import Rounding, read_stored
+from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
+from lmd_hf.weights.source import FileSource, Source
+from lmd_hf.weights.stored import Rounding, Stored, read_stored
 
 
 Outcome = MatrixReport | Skipped | Alias
-Ahead = Mapping[Any, Future[tuple[Spectrum, Rounding]]]  # by `_entries`
-MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
+Begun = Future[tuple[Spectrum, Rounding]]
+MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time,
+LARGEST_SHARE = 3  # and of the largest matrix in float64, or
+MEMORY_PER_CORE = 128 * 2**20  # bytes for each core, if that is more
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Spectra under way, by `_entries`, and the reads that feed them."""
+
+    spectra: dict[Any, tuple[Work, Begun]]
+    reads: ReadAhead
+
+    def take_over(self) -> dict[Any, Begun]:
+        """Begin nothing more; what remains is done, under way, or has its bytes here or on their way."""
+        self.reads.close()
+        kept = {key: future for key, (work, future) in self.spectra.items() if self.reads.begun(work)}
+        return kept | {
+            key: future for key, (_, future) in self.spectra.items() if key not in kept and not future.cancel()
+        }
 
 
 @contextmanager
-def head_start(plan: Plan, source: Source) -> Iterator[Ahead]:
+def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """Spectra of a provisional plan, computed in the background until `execute` takes over with the final one.
 
     A spectrum depends on which entries of a stored tensor form the matrix, not on role or orientation, so what was
@@ -36,8 +55,8 @@ def head_start(plan: Plan, source: Source) -> Iterator[Ahead]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with _pool(_workers(works, device)) as pool:
-        yield {_entries(w.ref): pool.submit(_spectrum, source, w, device) for w in works}
+    with _pool(_workers(works, device)) as pool, reading_ahead(source, works) as reads:
+        yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
 def execute(
@@ -45,7 +64,7 @@ def execute(
     source: Source,
     *,
     rank: int = 0,
-    ahead: Ahead | None = None,
+    ahead: HeadStart | None = None,
     progress: Callable[[Work], None] | None = None,
 ) -> Results:
     """Decompose this rank's share of a plan, most expensive matrix first, and return rows in the plan's order.
@@ -55,23 +74,28 @@ def execute(
     doing. `progress` is called, in this thread, after each matrix.
     """
     started = time.perf_counter()
-    ahead = {entries: future for entries, future in (ahead or {}).items() if not future.cancel()}
+    spectra = ahead.take_over() if ahead is not None else {}
     device = pick_device(plan.settings.device)
-    shard = plan.shards[rank]
-    workers = _workers([plan.works[index] for index in shard], device)
+    places = {plan.works[index]: index for index in plan.shards[rank]}
+    works = [work for work in places if _entries(work.ref) not in spectra]
+    workers = _workers(list(places), device)
     outcomes: dict[int, Outcome] = {}
-    with _pool(workers) as pool:
-        futures = {pool.submit(_do, source, plan, plan.works[index], device, ahead): index for index in shard}
+    with _pool(workers) as pool, reading_ahead(source, works) as reads:
+        done = [work for work in places if _entries(work.ref) in spectra]
+        futures = {
+            pool.submit(_do, reads, plan, work, device, spectra.get(_entries(work.ref))): work
+            for work in (*done, *reads.works)
+        }
         for future in as_completed(futures):
-            outcomes[futures[future]] = future.result()
+            outcomes[places[futures[future]]] = future.result()
             if progress is not None:
-                progress(plan.works[futures[future]])
+                progress(futures[future])
     ordered = [outcomes[index] for index in sorted(outcomes)]
     return Results(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
         skipped=tuple(o for o in ordered if isinstance(o, Skipped)),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
-        environment=_environment(device, workers),
+        environment=_environment(device, workers, source),
         timing={"execute": time.perf_counter() - started},
     )
 
@@ -91,10 +115,11 @@ def pick_device(name: str) -> torch.device:
 def _workers(works: list[Work], device: torch.device) -> int:
     if device.type != "cpu" or not works:
         return 1
-    free = psutil.virtual_memory().available * MEMORY_SHARE
-    fitting = max(1, int(free // max(work.bytes for work in works)))
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-               len(works), fitting)  # fmt: skip
+    cores = os.cpu_count() or 1
+    largest = max(8 * work.ref.shape[0] * work.ref.shape[1] for work in works)
+    room = min(psutil.virtual_memory().available * MEMORY_SHARE, max(LARGEST_SHARE * largest, MEMORY_PER_CORE * cores))
+    fitting = max(1, int(room // max(work.bytes for work in works)))
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores, len(works), fitting)
 
 
 @contextmanager
@@ -120,21 +145,27 @@ def _entries(ref: MatrixRef) -> tuple[Any, ...]:
     return ref.tensors, ref.stored, ref.expert, ref.rows
 
 
-def _spectrum(source: Source, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
-    stored = read_stored(source, work.ref)
-    return get_kernel(work.kernel)(stored.matrix.to(device)), stored.rounding
+def _spectrum(reads: ReadAhead, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
+    with reads.taking(work):
+        stored = read_stored(reads, work.ref)
+        return get_kernel(work.kernel)(stored.matrix.to(device)), stored.rounding
 
 
-def _do(source: Source, plan: Plan, work: Work, device: torch.device, ahead: Ahead) -> Outcome:
+def _do(reads: ReadAhead, plan: Plan, work: Work, device: torch.device, begun: Begun | None) -> Outcome:
     ref = work.ref
-    done = ahead.get(_entries(ref))
-    if done is not None and ref.tied_to is None and plan.settings.metric == "identity" and done.exception() is None:
-        return to_row(ref, *done.result(), kernel=work.kernel)
+    if begun is not None and ref.tied_to is None and plan.settings.metric == "identity" and begun.exception() is None:
+        return to_row(ref, *begun.result(), kernel=work.kernel)
     try:
-        stored = read_stored(source, ref)
+        with reads.taking(work):
+            return _measured(reads, plan, work, read_stored(reads, ref), device)
     except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
         return Skipped(ref.name, ref.shape, str(error))
-    w = stored.matrix
+    except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
+        return Skipped(ref.name, ref.shape, f"{UNREAD}: {error}")
+
+
+def _measured(source: Source, plan: Plan, work: Work, stored: Stored, device: torch.device) -> Outcome:
+    ref, w = work.ref, stored.matrix
     if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
@@ -154,9 +185,15 @@ def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
     return value.T if ref.transposed else value
 
 
-def _environment(device: torch.device, workers: int) -> dict[str, Any]:
+def _environment(device: torch.device, workers: int, source: Source) -> dict[str, Any]:
     import transformers
 
+    connection = source.connection if isinstance(source, FileSource) else None
+    fetched = (
+        {"bytes_fetched": connection.bytes_fetched, "files_touched": len(connection.files_touched)}
+        if connection
+        else {}
+    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -164,4 +201,5 @@ def _environment(device: torch.device, workers: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,
+        **fetched,
     }

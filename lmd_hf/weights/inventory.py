@@ -62,7 +62,7 @@ def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
     selected = [replace(ref, tied_to=tied.get(context.weight_of[ref.name])) for ref in selected]
     selected.sort(key=_reading_order)
     parameters = sum(math.prod(weight.shape) for weight in weights)
-    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, tree.notes)
+    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, (*source.notes, *tree.notes))
 
 
 def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
