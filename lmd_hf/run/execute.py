@@ -35,7 +35,7 @@ def head_start(plan: Plan, source: Source) -> Iterator[Ahead]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with _pool(_workers(works, device)) as pool:
+    with worker_pool(count_workers([work.bytes for work in works], device)) as pool:
         yield {_entries(w.ref): pool.submit(_spectrum, source, w, device) for w in works}
 
 
@@ -57,9 +57,9 @@ def execute(
     ahead = {entries: future for entries, future in (ahead or {}).items() if not future.cancel()}
     device = pick_device(plan.settings.device)
     shard = plan.shards[rank]
-    workers = _workers([plan.works[index] for index in shard], device)
+    workers = count_workers([plan.works[index].bytes for index in shard], device)
     outcomes: dict[int, Outcome] = {}
-    with _pool(workers) as pool:
+    with worker_pool(workers) as pool:
         futures = {pool.submit(_do, source, plan, plan.works[index], device, ahead): index for index in shard}
         for future in as_completed(futures):
             outcomes[futures[future]] = future.result()
@@ -70,7 +70,7 @@ def execute(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
         skipped=tuple(o for o in ordered if isinstance(o, Skipped)),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
-        environment=_environment(device, workers),
+        environment=environment(device, workers),
         timing={"execute": time.perf_counter() - started},
     )
 
@@ -87,17 +87,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _workers(works: list[Work], device: torch.device) -> int:
-    if device.type != "cpu" or not works:
+def count_workers(sizes: list[int], device: torch.device) -> int:
+    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit; one on an accelerator."""
+    if device.type != "cpu" or not sizes:
         return 1
     free = psutil.virtual_memory().available * MEMORY_SHARE
-    fitting = max(1, int(free // max(work.bytes for work in works)))
+    fitting = max(1, int(free // max(sizes)))
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-               len(works), fitting)  # fmt: skip
+               len(sizes), fitting)  # fmt: skip
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Worker threads that share the cores. On an interrupt, what has not started is dropped at once."""
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
@@ -149,7 +150,8 @@ def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
     return value.T if ref.transposed else value
 
 
-def _environment(device: torch.device, workers: int) -> dict[str, Any]:
+def environment(device: torch.device, workers: int) -> dict[str, Any]:
+    """What ran the work: versions, device and threads."""
     import transformers
 
     return {
