@@ -246,11 +246,13 @@ class Results:
 @dataclass(frozen=True)
 class Pair:
     """One matrix in two models. `matched` says by what: `name`, `prefix` (the names differ by one), `place` (stack,
-    block, role and layer). `shape` is what they have in common: of two vocabularies the first min(V) tokens."""
+    block, role and layer). `tied` is the side, `base` or `tuned`, that does not store it but ties it to another tensor.
+    `shape` is what they have in common: of two vocabularies the first min(V) tokens."""
 
     base: MatrixRef
     tuned: MatrixRef
     matched: str
+    tied: str
     shape: tuple[int, int]
     flops: float
     bytes: int
@@ -269,13 +271,12 @@ class Unmatched:
 
 @dataclass(frozen=True)
 class Matching:
-    """Two models laid side by side, from headers alone. `vectors` are names (base, tuned) of equally long vectors;
-    `compared` counts the parameters of the base in `pairs`, of the `parameters` that it stores."""
+    """Two models laid side by side, from headers alone. `vectors` are names (base, tuned) of equally long vectors,
+    `parameters` is what the base stores."""
 
     pairs: tuple[Pair, ...]
     vectors: tuple[tuple[str, str], ...]
     unmatched: tuple[Unmatched, ...]
-    compared: int
     parameters: int
     notes: tuple[str, ...]
 
@@ -284,10 +285,10 @@ class Matching:
 class MatrixChange:
     """All numbers of one matrix in two models; `matrix.change` says what they are.
 
-    `name`, `part` and places are the base's. `tokens_added` is how much longer the tuned model's vocabulary is
-    (negative: shorter); the tokens in common are compared. The `update_…` and `singular_values` are those of
-    ΔW = W_tuned − W_base, the `left_…` and `right_…` those of the principal angles between the top-n' subspaces, n' the
-    base's `latent_dim`. `identical` matrices have zeros throughout and cos² = 1.
+    `name`, `part` and places are the base's; `matched` and `tied` are the `Pair`'s. `tokens_added` is how much longer
+    the tuned model's vocabulary is (negative: shorter); the tokens in common are compared. The `update_…` and
+    `singular_values` are those of ΔW = W_tuned − W_base, the `left_…` and `right_…` those of the principal angles
+    between the top-n' subspaces, n' the base's `latent_dim`. `identical` matrices have zeros throughout and cos² = 1.
     """
 
     name: str
@@ -295,6 +296,7 @@ class MatrixChange:
     tuned_name: str
     tuned_part: str
     matched: str
+    tied: str
     stack: str
     block: str
     role: str

@@ -81,6 +81,7 @@ def _to_row(pair: Pair, update: Update, drift: Drift) -> MatrixChange:
         tuned_name=tuned.name,
         tuned_part=tuned.part,
         matched=pair.matched,
+        tied=pair.tied,
         stack=base.stack,
         block=base.block,
         role=base.role,

@@ -35,10 +35,14 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
         raise SettingsError(f"compare works in the identity metric, not in '{settings.metric}'; leave the metric out")
     left, right = _with_tied(base), _with_tied(tuned)
     found, renamings = _pair_up(left, right, _fitting(left, right))
-    tied = [{alias.name for alias in inventory.aliases if not alias.stored} for inventory in (base, tuned)]
     order = {key: index for index, key in enumerate(left)}
     found.sort(key=lambda pair: order[pair.base.name, pair.base.part])
-    pairs = [p for p in found if wanted(p.base) and not (p.base.name in tied[0] and p.tuned.name in tied[1])]
+    ties = [{alias.name for alias in inventory.aliases if not alias.stored} for inventory in (base, tuned)]
+    pairs = [
+        replace(p, tied="base" if p.base.name in ties[0] else "tuned" if p.tuned.name in ties[1] else "")
+        for p in found
+        if wanted(p.base) and not (p.base.name in ties[0] and p.tuned.name in ties[1])
+    ]
     if (base.selected or tuned.selected) and not any(wanted(ref) for ref in left.values()):
         raise nothing_left(settings)
     paired = ({(p.base.name, p.base.part) for p in found}, {(p.tuned.name, p.tuned.part) for p in found})
@@ -54,7 +58,6 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
         pairs=tuple(pairs),
         vectors=vectors,
         unmatched=tuple(alone),
-        compared=sum(math.prod(p.base.shape) for p in pairs if p.base.name not in tied[0]),
         parameters=base.parameters,
         notes=tuple(f"{side}: {note}" for side, i in (("base", base), ("tuned", tuned)) for note in i.notes),
     )
@@ -118,7 +121,7 @@ def _pair(a: MatrixRef, b: MatrixRef, matched: str) -> Pair:
     short, long = min(shape), max(shape)
     flops = 5 * long * short**2 + (3 * EIGEN_FLOPS + 2 * VECTORS) * short**3
     stored = sum((8 if ref.dtype == "F64" else 4) * math.prod(ref.shape) for ref in (a, b))
-    return Pair(a, b, matched, shape, flops, stored + 2 * 8 * short * long + 4 * 8 * short**2)
+    return Pair(a, b, matched, "", shape, flops, stored + 2 * 8 * short * long + 4 * 8 * short**2)
 
 
 def _by_name(left: Refs, right: Refs, renaming: tuple[str, str], fits: Fits) -> Iterator[tuple[MatrixRef, MatrixRef]]:
