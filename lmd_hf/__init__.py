@@ -5,21 +5,26 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from lmd_hf.api import analyze, plan
+    from lmd_hf.api import analyze, compare, plan
     from lmd_hf.errors import LmdError
     from lmd_hf.matrix.lmd import decompose
+    from lmd_hf.records import Settings
+    from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "analyze": "lmd_hf.api",
+    "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
     "plan": "lmd_hf.api",
+    "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
+    "Settings": "lmd_hf.records",
 }
-__all__ = ["LmdError", "Report", "__version__", "analyze", "decompose", "plan"]
+__all__ = ["Comparison", "LmdError", "Report", "Settings", "__version__", "analyze", "compare", "decompose", "plan"]
 
 
 def __getattr__(name: str) -> Any:

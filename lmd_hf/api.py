@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import tqdm
 
 from lmd_hf.errors import SettingsError, SourceError
-from lmd_hf.records import MatrixRef, Plan, Settings, Work
+from lmd_hf.records import MatrixRef, Pair, Plan, Settings, Work
 from lmd_hf.report.build import build_report
+from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
+from lmd_hf.run.compare import compare_all
 from lmd_hf.run.execute import HeadStart, execute, head_start
+from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
@@ -62,7 +65,7 @@ def analyze(
             planned = time.perf_counter()
             identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
             with tqdm(total=100, desc="decomposing", delay=QUIET_SECONDS, name="lmd_hf.analyze", **_BAR) as bar:
-                results = execute(todo, source, ahead=ahead, progress=_advance(bar, todo))
+                results = execute(todo, source, ahead=ahead, progress=_advance(bar, todo.works))
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -87,6 +90,43 @@ def plan(
     return make_plan(list_matrices(source), source.identity, settings or Settings())
 
 
+def compare(
+    base: str | Path | nn.Module,
+    tuned: str | Path | nn.Module,
+    *,
+    base_revision: str | None = None,
+    tuned_revision: str | None = None,
+    token: str | bool | None = None,
+    settings: Settings | None = None,
+) -> Comparison:
+    """What changed from one model to another, matrix by matrix: the spectrum of the difference, the drift of S', the
+    angles between the leading subspaces.
+
+    Matrices are paired by name, across prefixes, fused and split projections, tied heads and resized vocabularies; what
+    has no partner is listed with its reason. Models are named as for `analyze`; one pair is in memory at a time in each
+    worker. Of `settings`, roles, layers, match and device apply. Raises what `analyze` does.
+    """
+    settings = settings or Settings()
+    started = time.perf_counter()
+    first = open_source(base, revision=base_revision, token=token)
+    second = open_source(tuned, revision=tuned_revision, token=token)
+    opened = time.perf_counter()
+    background = ThreadPoolExecutor(1)
+    try:
+        matching = match(list_matrices(first), list_matrices(second), settings)
+        planned = time.perf_counter()
+        identities = background.submit(lambda: (with_hashes(first), with_hashes(second)))
+        with tqdm(total=100, desc="comparing", delay=QUIET_SECONDS, name="lmd_hf.compare", **_BAR) as bar:
+            advance = _advance(bar, matching.pairs)
+            changes = compare_all(matching, first, second, device=settings.device, progress=advance)
+        hashed = identities.result()
+    finally:
+        background.shutdown(wait=False, cancel_futures=True)
+    timing = {"open": opened - started, "plan": planned - opened, **changes.timing}
+    timing["total"] = time.perf_counter() - started
+    return build_comparison(*hashed, settings, matching, replace(changes, timing=timing))
+
+
 _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}
 
 
@@ -108,6 +148,6 @@ def _is_certain(ref: MatrixRef) -> bool:
     return ref.block != "" and ref.layer is not None and not ref.rows and ref.expert is None and len(ref.tensors) == 1
 
 
-def _advance(bar: tqdm, todo: Plan) -> Callable[[Work], None]:
-    total = sum(work.flops for work in todo.works) or 1.0
+def _advance(bar: tqdm, works: Iterable[Work | Pair]) -> Callable[[Work | Pair], None]:
+    total = sum(work.flops for work in works) or 1.0
     return lambda work: bar.update(100 * work.flops / total) and None

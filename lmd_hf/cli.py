@@ -1,4 +1,4 @@
-"""The command line: `lmd-hf demo | plan | analyze | card`. Torch is imported only once a command needs it."""
+"""The command line: `lmd-hf demo | plan | analyze | compare | card`. Torch is imported only once a command needs it."""
 
 import argparse
 import contextlib
@@ -87,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
         "analyze", parents=[model, fetched, written], help="decompose every matrix of a model"
     )
     analyze.set_defaults(run=_analyze)
+    compare = commands.add_parser("compare", parents=[common], help="what changed from one model to another")
+    compare.set_defaults(run=_compare)
+    for side, what in (("base", "the model before"), ("tuned", "the model after")):
+        compare.add_argument(side, metavar=side.upper(), help=f"{what}: a Hub id, a folder or a .safetensors file")
+        compare.add_argument(f"--{side}-revision", help=f"branch, tag or commit of {side.upper()}, a Hub id")
+    for field in _comparison_settings():
+        _add_setting(compare, field)
+    compare.add_argument(
+        "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
+    )
     card = commands.add_parser(
         "card", parents=[model, fetched], help="the model-card section, of a model or of a report.json"
     )
@@ -98,6 +108,11 @@ def _settings() -> Any:
     from lmd_hf.records import Settings
 
     return Settings
+
+
+def _comparison_settings() -> "list[dataclasses.Field[Any]]":
+    """The settings that mean something for two models."""
+    return [f for f in dataclasses.fields(_settings()) if f.name in ("roles", "layers", "match", "device")]
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
@@ -147,12 +162,24 @@ def _run_analysis(options: argparse.Namespace) -> Any:
 def _finish(report: Any, options: argparse.Namespace) -> None:
     """Write the files if a folder was named, then print the report."""
     if options.out is not None:
-        from lmd_hf.report.files import report_writers, text_writer, write_folder
-        from lmd_hf.report.plots import figures, writer
+        from lmd_hf.report.files import report_writers
+        from lmd_hf.report.plots import figures
 
-        pictures = {f"{name}.png": writer(figure) for name, figure in figures(report).items()}
-        write_folder(options.out, {**report_writers(report), **pictures, "card.md": text_writer(report.card())})
-        _say(f"wrote {options.out}/: report.json, matrices.parquet, card.md, {', '.join(pictures)}")
+        _write(options.out, report, report_writers(report), figures(report))
+    _show(report, options)
+
+
+def _write(folder: Path, report: Any, writers: dict[str, Any], figures: dict[str, Any]) -> None:
+    """The data files, the card and the figures of a report or a comparison."""
+    from lmd_hf.report.files import text_writer, write_folder
+    from lmd_hf.report.plots import writer
+
+    pictures = {f"{name}.png": writer(figure) for name, figure in figures.items()}
+    write_folder(folder, {**writers, "card.md": text_writer(report.card()), **pictures})
+    _say(f"wrote {folder}/: {', '.join([*writers, 'card.md', *pictures])}")
+
+
+def _show(report: Any, options: argparse.Namespace) -> None:
     if options.json:
         print(report.to_json(), end="")
     elif not options.quiet:
@@ -179,6 +206,28 @@ def _plan(options: argparse.Namespace) -> None:
         settings=Settings(**_chosen_settings(options)),
     )
     print(json.dumps(plan_to_dict(todo), indent=1) if options.json else plan_to_text(todo, brief=options.quiet))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from lmd_hf.api import compare
+    from lmd_hf.records import Settings
+
+    if options.out is not None:
+        _check_out(options.out)
+    _begin(options)
+    comparison = compare(
+        options.base,
+        options.tuned,
+        base_revision=options.base_revision,
+        tuned_revision=options.tuned_revision,
+        settings=Settings(**{field.name: getattr(options, field.name) for field in _comparison_settings()}),
+    )
+    if options.out is not None:
+        from lmd_hf.report.files import comparison_writers
+        from lmd_hf.report.plots import comparison_figures
+
+        _write(options.out, comparison, comparison_writers(comparison), comparison_figures(comparison))
+    _show(comparison, options)
 
 
 def _card(options: argparse.Namespace) -> None:
@@ -208,7 +257,7 @@ def _begin(options: argparse.Namespace) -> None:
     """Say that work has begun (importing torch and transformers alone takes seconds), or silence every bar."""
     if not options.quiet:
         if sys.stderr.isatty():
-            _say(f"lmd-hf: reading {getattr(options, 'model', 'the embedded model')} …")
+            _say(f"lmd-hf: reading {getattr(options, 'model', getattr(options, 'tuned', 'the embedded model'))} …")
         return
     from huggingface_hub.utils import disable_progress_bars
 

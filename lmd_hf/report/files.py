@@ -12,11 +12,14 @@ import pyarrow
 import pyarrow.parquet
 
 from lmd_hf.errors import OutputError, SourceError
+from lmd_hf.report.compare import Comparison
+from lmd_hf.report.plain import Row
 from lmd_hf.report.report import Report
 
 
 Writer = Callable[[Path], None]
 JSON, PARQUET = "report.json", "matrices.parquet"
+COMPARE_JSON, COMPARE_PARQUET = "compare.json", "compare.parquet"
 
 
 def write_folder(folder: Path, writers: Mapping[str, Writer]) -> None:
@@ -52,35 +55,58 @@ def report_writers(report: Report) -> dict[str, Writer]:
     return {JSON: text_writer(report.to_json()), PARQUET: lambda path: _write_parquet(report, path)}
 
 
+def comparison_writers(comparison: Comparison) -> dict[str, Writer]:
+    """The two files of a comparison."""
+    return {
+        COMPARE_JSON: text_writer(comparison.to_json()),
+        COMPARE_PARQUET: lambda path: _write_parquet(comparison, path),
+    }
+
+
 def read_report(folder: Path) -> Report:
     """Read a folder (or report.json itself); spectra come whole from matrices.parquet where it is there."""
     path = folder / JSON if folder.is_dir() else folder
+    report = Report.from_json(_read_text(path, "report", "analyze MODEL"))
+    return replace(report, matrices=_with_spectra(report.matrices, path.parent / PARQUET))
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read a folder (or compare.json itself); spectra come whole from compare.parquet where it is there."""
+    path = folder / COMPARE_JSON if folder.is_dir() else folder
+    comparison = Comparison.from_json(_read_text(path, "comparison", "compare BASE TUNED"))
+    return replace(comparison, matrices=_with_spectra(comparison.matrices, path.parent / COMPARE_PARQUET))
+
+
+def _read_text(path: Path, what: str, command: str) -> str:
     try:
-        report = Report.from_json(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
-            f"{path}: cannot read a report there ({error}); `lmd-hf analyze MODEL --out DIR` writes one"
+            f"{path}: cannot read a {what} there ({error}); `lmd-hf {command} --out DIR` writes one"
         ) from None
-    table = path.parent / PARQUET
+
+
+def _with_spectra(matrices: tuple[Row, ...], table: Path) -> tuple[Row, ...]:
+    """The matrices with their whole spectra, where the table has them."""
     if not table.is_file():
-        return report
+        return matrices
     columns = pyarrow.parquet.read_table(table, columns=["name", "part", "singular_values"]).to_pylist()
     spectra = {(row["name"], row["part"]): np.array(row["singular_values"], dtype=np.float64) for row in columns}
-    matrices = []
-    for matrix in report.matrices:
+    complete = []
+    for matrix in matrices:
         whole = spectra.get((matrix.name, matrix.part))
         if whole is not None and len(whole) == min(matrix.shape):
             whole.flags.writeable = False
             matrix = replace(matrix, singular_values=whole, singular_value_ranks=None)
-        matrices.append(matrix)
-    return replace(report, matrices=tuple(matrices))
+        complete.append(matrix)
+    return tuple(complete)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _write_parquet(report: Report, path: Path) -> None:
+def _write_parquet(report: Report | Comparison, path: Path) -> None:
     whole = [matrix.singular_values.tolist() for matrix in report.matrices]
     rows = [{**row, "singular_values": values} for row, values in zip(report.to_dict()["matrices"], whole, strict=True)]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Figures of a report: spectra by role and layer, and heat maps layer × role. No global state, no display."""
+"""Figures of a report or a comparison: spectra by role and layer, heat maps layer × role. No state, no display."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lmd_hf.records import MatrixReport
+from lmd_hf.records import MatrixChange, MatrixReport
+from lmd_hf.report.plain import Row
 from lmd_hf.report.text import by_role
 
 
 if TYPE_CHECKING:
+    from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
 
 COLORMAP = "viridis"  # even in lightness, and readable without colour vision
@@ -27,13 +29,21 @@ MEASURES: dict[str, Callable[[MatrixReport], float | None]] = {
     "latent dimension n'": lambda m: m.latent_dim,
     "capacity, log₁₀ K": lambda m: m.capacity_log10,
 }
+CHANGES: dict[str, Callable[[MatrixChange], float | None]] = {
+    "‖ΔW‖ / ‖W‖": lambda m: m.relative_update,
+    "update rank / k": lambda m: m.update_rank / min(m.shape),
+    "drift of S'": lambda m: m.spectrum_drift,
+    "cos², top n' out": lambda m: m.left_cos2,
+    "cos², top n' in": lambda m: m.right_cos2,
+}
+SHOWN = 1e-6  # of the largest singular value of an update: what lies below is left out of the figure
 
 
 def figures(report: "Report") -> dict[str, Figure]:
     """{name: figure}; a report without numbered layers has no heat map."""
     result = {"spectra": spectra(report)}
     if any(matrix.layer is not None for matrix in report.matrices):
-        result["heatmap"] = heatmap(report)
+        result["heatmap"] = heatmap(report.matrices, MEASURES, report.model.id)
     return result
 
 
@@ -42,58 +52,101 @@ def writer(figure: Figure) -> Callable[[Path], None]:
     return lambda path: figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def comparison_figures(comparison: "Comparison") -> dict[str, Figure]:
+    """{name: figure}; models without numbered layers have no heat map."""
+    names = f"{comparison.base.id} → {comparison.tuned.id}"
+    result = {"updates": updates(comparison.matrices, names)}
+    if any(matrix.layer is not None for matrix in comparison.matrices):
+        result["changes"] = heatmap(comparison.matrices, CHANGES, names)
+    return result
+
+
 def spectra(report: "Report") -> Figure:
     """σᵢ/σ₁ against i/k, one panel a role, one line a matrix, coloured from the first layer to the last."""
-    groups = by_role(report.matrices)
-    rows = max(1, math.ceil(len(groups) / COLUMNS))
-    figure = Figure(figsize=(3.0 * COLUMNS, 2.5 * rows + 0.6), layout="constrained")
-    last = max((m.layer for m in report.matrices if m.layer is not None), default=0)
-    shade = ScalarMappable(Normalize(0, max(last, 1)), COLORMAP)
-    for index, (role, matrices) in enumerate(groups):
-        axes = figure.add_subplot(rows, COLUMNS, index + 1)
+    figure, panels = _panels(report.matrices)
+    for axes, matrices, color in panels:
         for matrix in matrices:
-            _spectrum(axes, matrix, _color(matrix, last))
+            _spectrum(axes, matrix, color(matrix))
         axes.set(yscale="log", ylim=(1e-4, 1.5), xlim=(0, 1))
-        axes.set_title(role, fontsize="medium")
-        axes.grid(alpha=0.25)
-        if index % COLUMNS == 0:
-            axes.set_ylabel("σᵢ / σ₁")
-        if index >= len(groups) - COLUMNS:
-            axes.set_xlabel("i / k")
-    if last > 0 and groups:
-        figure.colorbar(shade, ax=figure.axes, label="layer", shrink=0.8, ticks=MaxNLocator(integer=True))
+    _label(figure, panels, "σᵢ / σ₁", "i / k")
     figure.suptitle(f"Singular values of every matrix: {report.model.id}", fontsize="medium")
     return figure
 
 
-def heatmap(report: "Report") -> Figure:
+def updates(matrices: tuple[MatrixChange, ...], names: str) -> Figure:
+    """σᵢ(ΔW)/‖W‖_F against i, as `spectra`; a dot marks the update rank: beyond it rounding may be all there is."""
+    figure, panels = _panels(matrices)
+    for axes, group, color in panels:
+        for matrix in group:
+            _update(axes, matrix, color(matrix))
+        axes.set(xscale="log", yscale="log")
+        if all(matrix.identical or not matrix.base_norm for matrix in group):
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "identical", transform=axes.transAxes, ha="center", va="center", color="0.45")
+    _label(figure, panels, "σᵢ(ΔW) / ‖W‖", "i")
+    figure.suptitle(f"What changed: {names} (dots: update rank)", fontsize="medium")
+    return figure
+
+
+Color = Callable[[MatrixReport | MatrixChange], Any]
+Panels = list[tuple[Axes, list[Row], Color]]
+
+
+def _panels(matrices: tuple[Row, ...]) -> tuple[Figure, Panels[Row]]:
+    """An empty panel for each role, its matrices and their colours; a bar beside them tells the layer."""
+    groups = by_role(matrices)
+    rows = max(1, math.ceil(len(groups) / COLUMNS))
+    figure = Figure(figsize=(3.0 * COLUMNS, 2.5 * rows + 0.6), layout="constrained")
+    last = max((m.layer for m in matrices if m.layer is not None), default=0)
+    panels: Panels[Row] = []
+    for index, (role, group) in enumerate(groups):
+        axes = figure.add_subplot(rows, COLUMNS, index + 1)
+        axes.set_title(role, fontsize="medium")
+        axes.grid(alpha=0.25)
+        panels.append((axes, group, lambda matrix: _color(matrix.layer, last)))
+    if last > 0 and groups:
+        shade = ScalarMappable(Normalize(0, max(last, 1)), COLORMAP)
+        figure.colorbar(shade, ax=figure.axes, label="layer", shrink=0.8, ticks=MaxNLocator(integer=True))
+    return figure, panels
+
+
+def _label(figure: Figure, panels: Panels[Row], vertical: str, horizontal: str) -> None:
+    """Axis labels at the left and at the bottom only."""
+    for index, (axes, _, _) in enumerate(panels):
+        if index % COLUMNS == 0:
+            axes.set_ylabel(vertical)
+        if index >= len(panels) - COLUMNS:
+            axes.set_xlabel(horizontal)
+
+
+def heatmap(matrices: tuple[Row, ...], measures: dict[str, Callable[[Row], float | None]], title: str) -> Figure:
     """Layer × role, one panel a measure; a cell is the median over the matrices (experts) that share it."""
-    placed = [matrix for matrix in report.matrices if matrix.layer is not None]
+    placed = [matrix for matrix in matrices if matrix.layer is not None]
     roles = by_role(placed)
     layers = range(1 + max(matrix.layer or 0 for matrix in placed))
-    size = (1.6 + len(MEASURES) * (0.55 * len(roles) + 1.6), 1.9 + 0.22 * max(len(layers), 6))
+    size = (1.6 + len(measures) * (0.55 * len(roles) + 1.6), 1.9 + 0.22 * max(len(layers), 6))
     figure = Figure(figsize=size, layout="constrained")
-    for index, (title, measure) in enumerate(MEASURES.items()):
-        axes = figure.add_subplot(1, len(MEASURES), index + 1)
+    for index, (name, measure) in enumerate(measures.items()):
+        axes = figure.add_subplot(1, len(measures), index + 1)
         grid = np.full((len(layers), len(roles)), np.nan)
-        for column, (_, matrices) in enumerate(roles):
+        for column, (_, group) in enumerate(roles):
             for layer in layers:
-                values = [v for m in matrices if m.layer == layer and (v := measure(m)) is not None]
+                values = [v for m in group if m.layer == layer and (v := measure(m)) is not None]
                 grid[layer, column] = np.median(values) if values else np.nan
         image = axes.imshow(grid, aspect="auto", cmap=COLORMAP, interpolation="nearest")
         axes.set_xticks(range(len(roles)), [role for role, _ in roles], rotation=60, ha="right", fontsize="small")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(title, fontsize="medium")
+        axes.set_title(name, fontsize="medium")
         if index == 0:
             axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes)
-    figure.suptitle(report.model.id, fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
-def _color(matrix: MatrixReport, last: int) -> Any:
+def _color(layer: int | None, last: int) -> Any:
     """A shade from the first layer to the last; grey outside the layers."""
-    return "0.45" if matrix.layer is None else matplotlib.colormaps[COLORMAP](matrix.layer / max(last, 1))
+    return "0.45" if layer is None else matplotlib.colormaps[COLORMAP](layer / max(last, 1))
 
 
 def _spectrum(axes: Axes, matrix: MatrixReport, color: Any) -> None:
@@ -108,3 +161,15 @@ def _spectrum(axes: Axes, matrix: MatrixReport, color: Any) -> None:
         linewidth=0.9,
         marker="." if len(values) == 1 else "",
     )
+
+
+def _update(axes: Axes, matrix: MatrixChange, color: Any) -> None:
+    if matrix.identical or not matrix.base_norm:
+        return
+    values = matrix.singular_values / matrix.base_norm
+    ranks = np.array(matrix.singular_value_ranks or np.arange(1, len(values) + 1))
+    seen = values > values[0] * SHOWN  # what is exactly zero but for the arithmetic would stretch the axis
+    axes.plot(ranks[seen], values[seen], color=color, linewidth=0.9, marker="." if len(values) == 1 else "")
+    if matrix.update_rank:
+        nearest = int(np.abs(ranks - matrix.update_rank).argmin())
+        axes.plot(ranks[nearest], values[nearest], "o", color=color, markersize=3)

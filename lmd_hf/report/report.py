@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lmd_hf.errors import FormatError
-from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped, WeightFile
+from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
+from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
 
 
 if TYPE_CHECKING:
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = "lmd-report/1"
-KEPT_VALUES = 512  # singular values of a matrix in report.json; matrices.parquet has all of them
 
 
 @dataclass(frozen=True)
@@ -88,16 +85,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types, in the schema `lmd-report/1`; spectra longer than 512 are thinned evenly."""
         result = {
-            field.name: _plain(getattr(self, field.name))
+            field.name: plain(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if field.name != "matrices"
         }
-        result["matrices"] = [_matrix_to_dict(matrix) for matrix in self.matrices]
+        result["matrices"] = [row_to_dict(matrix) for matrix in self.matrices]
         return {field.name: result[field.name] for field in dataclasses.fields(self)}
 
     def to_json(self) -> str:
         """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return to_text(self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
@@ -114,13 +111,7 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report back from `to_json`."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise FormatError(f"not a report: invalid JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise FormatError("not a report: the JSON is no object")
-        return cls.from_dict(values)
+        return cls.from_dict(parse_object(text, "report"))
 
     def save(self, folder: str | Path) -> None:
         """Write `report.json` and `matrices.parquet` (with whole spectra); all or nothing. Raises `OutputError`."""
@@ -141,53 +132,10 @@ class Report:
         return text.html(self)
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def _matrix_to_dict(matrix: MatrixReport) -> dict[str, Any]:
-    values, ranks = matrix.singular_values, matrix.singular_value_ranks
-    if ranks is None and len(values) > KEPT_VALUES:
-        ranks = tuple(int(rank) for rank in np.linspace(1, len(values), KEPT_VALUES).round())
-        values = values[np.array(ranks) - 1]
-    plain = {
-        field.name: _plain(getattr(matrix, field.name))
-        for field in dataclasses.fields(matrix)
-        if not field.name.startswith("singular_value")
-    }
-    return {**plain, "singular_value_ranks": None if ranks is None else list(ranks), "singular_values": values.tolist()}
-
-
-def _matrix_from_dict(values: dict[str, Any]) -> MatrixReport:
-    ranks = values["singular_value_ranks"]
-    spectrum = np.array(values["singular_values"], dtype=np.float64)
-    spectrum.flags.writeable = False
-    return MatrixReport(
-        **{
-            **values,
-            "shape": tuple(values["shape"]),
-            "singular_value_ranks": None if ranks is None else tuple(ranks),
-            "singular_values": spectrum,
-        }
-    )
-
-
 def _records(values: dict[str, Any]) -> dict[str, Any]:
     model, coverage = values["model"], values["coverage"]
     return {
-        "model": ModelIdentity(
-            **{
-                **model,
-                "architectures": tuple(model["architectures"]),
-                "files": tuple(WeightFile(**file) for file in model["files"]),
-            }
-        ),
+        "model": identity_from_dict(model),
         "coverage": Coverage(
             **{
                 **coverage,
@@ -196,7 +144,7 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
                 "notes": tuple(coverage["notes"]),
             }
         ),
-        "matrices": tuple(_matrix_from_dict(matrix) for matrix in values["matrices"]),
+        "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
         "heads": tuple(values["heads"]),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }

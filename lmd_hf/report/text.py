@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import Coverage, MatrixReport, Skipped
+from lmd_hf.records import Coverage, MatrixChange, MatrixReport, Skipped
+from lmd_hf.report.plain import Row
 
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ def percent(fraction: float) -> str:
 ROLE_COLUMNS = ("role", "matrices", "effective rank", "latent dim", "stable rank", "capacity (log10)")
 
 
-def by_role(matrices: Iterable[MatrixReport]) -> list[tuple[str, list[MatrixReport]]]:
+def by_role(matrices: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Matrices grouped by stack, block and role, in order of appearance."""
-    groups: dict[str, list[MatrixReport]] = {}
+    groups: dict[str, list[Row]] = {}
     for matrix in matrices:
         groups.setdefault(" ".join(filter(None, (matrix.stack, matrix.block, matrix.role))), []).append(matrix)
     return list(groups.items())
@@ -129,7 +130,7 @@ def matrix_row(matrix: MatrixReport) -> tuple[str, ...]:
     )
 
 
-def matrix_label(matrix: MatrixReport) -> str:
+def matrix_label(matrix: MatrixReport | MatrixChange) -> str:
     """`attention q`, `moe up expert 3`; outside the blocks the tensor's own name."""
     if not matrix.block:
         return matrix.name.removesuffix(".weight")

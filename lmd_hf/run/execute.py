@@ -1,5 +1,6 @@
 """Doing the work: the only place where tensors live. One rank is a world of one."""
 
+import math
 import os
 import platform
 import threading
@@ -55,7 +56,8 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with _pool(_workers(works, device)) as pool, reading_ahead(source, works) as reads:
+    workers = _workers(works, device)
+    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
@@ -80,7 +82,7 @@ def execute(
     works = [work for work in places if _entries(work.ref) not in spectra]
     workers = _workers(list(places), device)
     outcomes: dict[int, Outcome] = {}
-    with _pool(workers) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
         done = [work for work in places if _entries(work.ref) in spectra]
         futures = {
             pool.submit(_do, reads, plan, work, device, spectra.get(_entries(work.ref))): work
@@ -95,7 +97,7 @@ def execute(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
         skipped=tuple(o for o in ordered if isinstance(o, Skipped)),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
-        environment=_environment(device, workers, source),
+        environment=environment(device, workers, source),
         timing={"execute": time.perf_counter() - started},
     )
 
@@ -113,17 +115,22 @@ def pick_device(name: str) -> torch.device:
 
 
 def _workers(works: list[Work], device: torch.device) -> int:
-    if device.type != "cpu" or not works:
+    return count_workers([w.bytes for w in works], max((8 * math.prod(w.ref.shape) for w in works), default=0), device)
+
+
+def count_workers(sizes: list[int], largest: int, device: torch.device) -> int:
+    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit; one on an accelerator.
+    `largest` is the size of the largest matrix in float64: memory stays below some multiple of it."""
+    if device.type != "cpu" or not sizes:
         return 1
     cores = os.cpu_count() or 1
-    largest = max(8 * work.ref.shape[0] * work.ref.shape[1] for work in works)
     room = min(psutil.virtual_memory().available * MEMORY_SHARE, max(LARGEST_SHARE * largest, MEMORY_PER_CORE * cores))
-    fitting = max(1, int(room // max(work.bytes for work in works)))
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores, len(works), fitting)
+    fitting = max(1, int(room // max(sizes)))
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores, len(sizes), fitting)
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Worker threads that share the cores. On an interrupt, what has not started is dropped at once."""
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
@@ -185,15 +192,15 @@ def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
     return value.T if ref.transposed else value
 
 
-def _environment(device: torch.device, workers: int, source: Source) -> dict[str, Any]:
+def environment(device: torch.device, workers: int, *sources: Source) -> dict[str, Any]:
+    """What ran the work: versions, device and threads, and what was fetched from the Hub."""
     import transformers
 
-    connection = source.connection if isinstance(source, FileSource) else None
-    fetched = (
-        {"bytes_fetched": connection.bytes_fetched, "files_touched": len(connection.files_touched)}
-        if connection
-        else {}
-    )
+    links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
+    fetched = {
+        "bytes_fetched": sum(link.bytes_fetched for link in links),
+        "files_touched": sum(len(link.files_touched) for link in links),
+    }
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -201,5 +208,5 @@ def _environment(device: torch.device, workers: int, source: Source) -> dict[str
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,
-        **fetched,
+        **(fetched if links else {}),
     }

@@ -2,6 +2,7 @@
 
 import fnmatch
 import heapq
+from collections.abc import Callable
 
 from lmd_hf.errors import SettingsError
 from lmd_hf.records import ROLES, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
@@ -18,14 +19,9 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     Unselected matrices become `Skipped` with the reason `not selected`. Raises `SettingsError` for an unknown role,
     metric or kernel, a layer list that cannot be read, and a selection that leaves nothing.
     """
-    _check(settings)
-    layers = _wanted_layers(settings.layers, inventory)
-    chosen = [ref for ref in inventory.selected if _is_chosen(ref, settings, layers)]
+    chosen = list(filter(selector(inventory, settings), inventory.selected))
     if inventory.selected and not chosen:
-        raise SettingsError(
-            f"the selection leaves no matrix: roles {settings.roles or 'all'}, layers '{settings.layers or 'all'}', "
-            f"match '{settings.match or '*'}'; `lmd-hf plan` lists what there is"
-        )
+        raise nothing_left(settings)
     kept = set(map(id, chosen))
     unselected = [Skipped(ref.name, ref.shape, "not selected") for ref in inventory.selected if id(ref) not in kept]
     works = tuple(_work(ref, settings) for ref in chosen)
@@ -38,6 +34,21 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
         aliases=inventory.aliases,
         parameters=inventory.parameters,
         notes=inventory.notes,
+    )
+
+
+def selector(inventory: Inventory, settings: Settings) -> Callable[[MatrixRef], bool]:
+    """Whether a matrix is selected, `inventory` telling which layer is the last. `SettingsError` for bad settings."""
+    _check(settings)
+    layers = _wanted_layers(settings.layers, inventory)
+    return lambda ref: _is_chosen(ref, settings, layers)
+
+
+def nothing_left(settings: Settings) -> SettingsError:
+    """The error for a selection that leaves nothing."""
+    return SettingsError(
+        f"the selection leaves no matrix: roles {settings.roles or 'all'}, layers '{settings.layers or 'all'}', "
+        f"match '{settings.match or '*'}'; `lmd-hf plan` lists what there is"
     )
 
 

@@ -1,0 +1,158 @@
+"""Comparing two models: one pair of matrices at a time in each worker, and never a whole model."""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import as_completed
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.matrix.change import Drift, Update, measure_change
+from lmd_hf.records import Changes, Matching, MatrixChange, MatrixRef, Pair, TensorRef, Unmatched, VectorChange
+from lmd_hf.run.execute import count_workers, environment, pick_device, worker_pool
+from lmd_hf.weights.source import Source
+from lmd_hf.weights.stored import Stored, read_stored
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def compare_all(
+    matching: Matching,
+    base: Source,
+    tuned: Source,
+    *,
+    device: str = "auto",
+    progress: Callable[[Pair], None] | None = None,
+) -> Changes:
+    """Measure every pair of a matching, the most expensive first, and return rows in its order.
+
+    A pair that cannot be compared (no data, NaN, infinity) becomes `Unmatched`; the others go on. `progress` is called,
+    in this thread, after each matrix.
+    """
+    started = time.perf_counter()
+    where = pick_device(device)
+    pairs = matching.pairs
+    largest = max((8 * math.prod(pair.shape) for pair in pairs), default=0)
+    workers = count_workers([pair.bytes for pair in pairs], largest, where)
+    outcomes: dict[int, MatrixChange | Unmatched] = {}
+    with worker_pool(workers) as pool:
+        order = sorted(range(len(pairs)), key=lambda index: -pairs[index].flops)
+        futures = {pool.submit(_compare_pair, pairs[index], base, tuned, where): index for index in order}
+        for future in as_completed(futures):
+            outcomes[futures[future]] = future.result()
+            if progress is not None:
+                progress(pairs[futures[future]])
+    vectors = _compare_vectors(matching.vectors, base, tuned)
+    ordered = [*(outcomes[index] for index in sorted(outcomes)), *vectors]
+    return Changes(
+        matrices=tuple(o for o in ordered if isinstance(o, MatrixChange)),
+        vectors=tuple(o for o in ordered if isinstance(o, VectorChange)),
+        unmatched=tuple(o for o in ordered if isinstance(o, Unmatched)),
+        environment=environment(where, workers, base, tuned),
+        timing={"compare": time.perf_counter() - started},
+    )
+
+
+def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device) -> MatrixChange | Unmatched:
+    rows, columns = pair.shape
+    sides: list[Stored] = []
+    for side, source, ref in (("base", base, pair.base), ("tuned", tuned, pair.tuned)):
+        try:
+            stored = read_stored(source, ref)
+        except (NoDataError, SourceError, FormatError, ValueError) as error:
+            return Unmatched(side, ref.name, ref.part, ref.shape, str(error))
+        w = stored.matrix[:rows, :columns].to(device)
+        if reason := _not_finite(w):
+            return Unmatched(side, ref.name, ref.part, ref.shape, reason)
+        sides.append(replace(stored, matrix=w))
+    roundoffs = (_roundoff(sides[0]), _roundoff(sides[1]))
+    return _to_row(pair, *measure_change(sides[0].matrix, sides[1].matrix, roundoffs))
+
+
+def _roundoff(side: Stored) -> float:
+    """The rounding of storage relative to the entries; a step of integers, relative to their root mean square."""
+    size = float(torch.linalg.vector_norm(side.matrix, dtype=torch.float64)) / math.sqrt(max(1, side.matrix.numel()))
+    return math.hypot(side.rounding.relative, side.rounding.absolute / size if size > 0 else 0.0)
+
+
+def _not_finite(w: Tensor) -> str:
+    """Why these numbers cannot be compared, "" if they can."""
+    bad = int(w.numel() - torch.isfinite(w).sum().item())
+    return f"holds NaN or infinity ({bad} of {w.numel()} entries)" if bad else ""
+
+
+def _to_row(pair: Pair, update: Update, drift: Drift) -> MatrixChange:
+    base, tuned = pair.base, pair.tuned
+    return MatrixChange(
+        name=base.name,
+        part=base.part,
+        tuned_name=tuned.name,
+        tuned_part=tuned.part,
+        matched=pair.matched,
+        tied=pair.tied,
+        stack=base.stack,
+        block=base.block,
+        role=base.role,
+        layer=base.layer,
+        shape=pair.shape,
+        tokens_added=_tokens(tuned) - _tokens(base),
+        dtype=base.dtype,
+        tuned_dtype=tuned.dtype,
+        identical=update.norm == 0,
+        base_norm=update.base_norm,
+        update_norm=update.norm,
+        relative_update=update.relative,
+        update_spectral_norm=update.spectral_norm,
+        update_floor=update.floor,
+        update_rank=update.rank,
+        update_energy=update.energy,
+        update_stable_rank=update.stable_rank,
+        update_effective_rank=update.effective_rank,
+        update_energy_rank_90=update.energy_rank_90,
+        update_energy_rank_95=update.energy_rank_95,
+        update_energy_rank_99=update.energy_rank_99,
+        spectrum_drift=drift.spectrum,
+        latent_dim=drift.latent_dim,
+        latent_dim_rule=drift.latent_dim_rule,
+        left_cos2=drift.left_cos2,
+        left_angle=drift.left_angle,
+        right_cos2=drift.right_cos2,
+        right_angle=drift.right_angle,
+        gap=drift.gap,
+        degenerate=drift.degenerate,
+        error_bound=update.error_bound,
+        singular_value_ranks=None,
+        singular_values=update.singular_values,
+    )
+
+
+def _tokens(ref: MatrixRef) -> int:
+    """The length of the axis along which a vocabulary may be cut."""
+    return ref.shape[1] if ref.role == "embed" else ref.shape[0]
+
+
+def _compare_vectors(names: tuple[tuple[str, str], ...], base: Source, tuned: Source) -> list[VectorChange | Unmatched]:
+    ours, theirs = ({tensor.name: tensor for tensor in source.tensors} for source in (base, tuned))
+    return [_compare_vector(ours[a], theirs[b], base, tuned) for a, b in names]
+
+
+def _compare_vector(a: TensorRef, b: TensorRef, base: Source, tuned: Source) -> VectorChange | Unmatched:
+    values: list[Tensor] = []
+    for side, source, tensor in (("base", base, a), ("tuned", tuned, b)):
+        if tensor.dtype not in FLOATS:
+            return Unmatched(side, tensor.name, "", tensor.shape, f"a vector stored as {tensor.dtype}")
+        try:
+            value = source.read(tensor).to("cpu", torch.float64)
+        except NoDataError as error:
+            return Unmatched(side, tensor.name, "", tensor.shape, str(error))
+        if reason := _not_finite(value):
+            return Unmatched(side, tensor.name, "", tensor.shape, reason)
+        values.append(value)
+    change, size = values[1] - values[0], float(values[0].norm())
+    largest = float(change.abs().max()) if change.numel() else 0.0
+    relative = 0.0 if largest == 0 else float(change.norm()) / size if size > 0 else None
+    return VectorChange(a.name, b.name, a.shape, largest, relative)
