@@ -240,5 +240,5 @@ def _guess(weight: Weight, transposed: set[str]) -> Place:
     if len(weight.shape) == 2:
         return Place(path, "conv1d" if leaf in transposed else "linear")
     if re.search(r"(?:^|\.)experts\.\w+$", path):
-        return Place(path, "parameter")
+        return Place(path, "experts" if weight.tensors[0].file.endswith(".gguf") else "parameter")
     return Place(path, "conv" if re.search("conv|patch_embed|projection", path) else "parameter")

@@ -16,7 +16,7 @@ _KEYS = {
     "norm": {"ends", "models", "when", "gain"},
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
-_TABLES = {"words", "facts", "stacks"}
+_TABLES = {"words", "facts", "stacks", "gguf_names", "gguf_types"}
 _PARTS = {"qkv": ("q", "k", "v"), "k_v": ("k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -148,6 +148,16 @@ def fact(key: str) -> Any:
 def stack_words() -> dict[str, list[str]]:
     """{stack: components of a module path that name it}."""
     return _table()["stacks"]
+
+
+def gguf_names() -> dict[str, str]:
+    """{pattern of a part of a GGUF name: transformers' words for it}."""
+    return _table()["gguf_names"]
+
+
+def gguf_types() -> dict[str, str]:
+    """{llama.cpp's name of an architecture: transformers' model type}."""
+    return _table()["gguf_types"]
 
 
 def _family_row(kind: str, path: str, config: Config) -> dict[str, Any] | None:

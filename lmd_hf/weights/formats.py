@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lmd_hf.records import TensorRef, Weight
-from lmd_hf.weights import unpack
+from lmd_hf.weights import gguf, unpack
 from lmd_hf.weights.unpack import Unpacked
 
 
@@ -188,12 +188,9 @@ FORMATS = {
             "zero": (".zero",),
             "shape": (".shape",),
             "bits": (".nbits",),
-            "axis": (".axis",),
-            "group": (".group_size",),
         },
         ("U8", "I32"),
         _stored_shape,
-        optional=("group",),
     ),
     "torchao-float8": Format(
         unpack.scaled_float, {"weight": ("._weight_qdata",), "scale": ("._weight_scale",)}, FP8, _same
@@ -238,10 +235,7 @@ def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, re
                     found[tensor.name] = (name, stem + layout.weight, parts)
     with ThreadPoolExecutor(SMALL_READS) as pool:
         shapes = dict(zip(found, pool.map(lambda f: FORMATS[f[0]].shape(f[2], read), found.values()), strict=True))
-    return tuple(
-        _weight(*found[name], shapes[name]) if name in found else Weight(name, t.shape, t.dtype, "plain", (t,))
-        for name, t in by_name.items()
-    )
+    return tuple(_weight(*found[name], shapes[name]) if name in found else _alone(t) for name, t in by_name.items())
 
 
 def _parts(stem: str, layout: Format, by_name: dict[str, TensorRef]) -> Parts:
@@ -256,9 +250,19 @@ def _weight(layout: str, name: str, parts: Parts, shape: tuple[int, ...]) -> Wei
     )
 
 
+def _alone(tensor: TensorRef) -> Weight:
+    """A tensor that is a weight by itself; in a GGUF file under llama.cpp's name, and perhaps in ggml's blocks."""
+    if not tensor.file.endswith(".gguf"):
+        return Weight(tensor.name, tensor.shape, tensor.dtype, "plain", (tensor,))
+    layout = "plain" if tensor.dtype in gguf.PLAIN else "gguf"
+    return Weight(gguf.module_name(tensor.name), tensor.shape, tensor.dtype, layout, (tensor,))
+
+
 def unpack_weight(layout: str, tensors: tuple[TensorRef, ...], read: Read) -> Unpacked:
     """The weight that these tensors make; `read` returns their entries. `ValueError` if they do not fit together."""
     if layout == "plain":
         return unpack.plain(read(tensors[0]))
+    if layout == "gguf":
+        return gguf.dequantise(read(tensors[0]), tensors[0].dtype)
     known = FORMATS[layout]
     return known.unpack(**{known.key(tensor.name): read(tensor) for tensor in tensors})

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,6 +25,7 @@ from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.source import (
     INDEX,
     FileSource,
+    from_files,
     make_identity,
     open_folder,
     read_config,
@@ -82,14 +83,20 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     sizes = {entry.path.removeprefix(prefix): entry for entry in listing if hasattr(entry, "size")}
     fetch = partial(_fetch, api, repo_id, prefix, commit)
     names, index = _weight_files(list(sizes), repo_id), None
-    if INDEX in names:
-        index = read_index(fetch(INDEX).read_bytes(), f"{repo_id}/{INDEX}")
+    if names[0].endswith(".json"):
+        index = read_index(fetch(names[0]).read_bytes(), f"{repo_id}/{names[0]}")
         names = index.shards
         if absent := [name for name in names if name not in sizes]:
             raise SourceError(f"{repo_id}: its index names shards that are absent, first '{absent[0]}'; ask its owner")
     config = read_config(fetch("config.json")) if "config.json" in sizes else None
-    files = [WeightFile(name, sizes[name].size, sizes[name].lfs.sha256 if sizes[name].lfs else None) for name in names]
+    notes = unread_files(list(sizes), names)
     connection = Connection(repo_id, _headers(api), partial(_cached, repo_id, prefix, commit))
+    if not names[0].endswith(".safetensors"):  # the header of a pickle or a GGUF file is not at one place
+        paths = [_download(fetch, repo_id, name, connection) for name in names]
+        source = from_files(paths[0].parent, names, config, repo_id)
+        identity = replace(source.identity, revision=revision, commit=commit)
+        return replace(source, identity=identity, notes=(*source.notes, *notes))
+    files = [WeightFile(name, sizes[name].size, sizes[name].lfs.sha256 if sizes[name].lfs else None) for name in names]
     remote = {
         file.name: RemoteFile(
             connection, file.name, hf_hub_url(repo_id, prefix + file.name, revision=commit), file.bytes, file.sha256
@@ -107,7 +114,6 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     if index is not None:
         index.check(tuple(tensors))
     identity = make_identity(repo_id, revision, commit, config, files)
-    notes = unread_files(list(sizes), names)
     return FileSource(identity, config, unique(tensors), locate, connection=connection, notes=notes)
 
 
@@ -164,6 +170,8 @@ def _cached_folder(repo_id: str, commit: str, subfolder: str) -> Path | None:
 
     cached = partial(_cached, repo_id, f"{subfolder}/" if subfolder else "", commit)
     config, index = cached("config.json"), cached(INDEX)
+    if config is not None and is_offline_mode() and not list(config.parent.glob("*.safetensors*")):
+        return config.parent  # pickles, or GGUF: whatever is there is all that there is
     names = ["model.safetensors"] if index is None else read_index(index.read_bytes(), f"{repo_id}/{INDEX}").shards
     complete = config is not None and all(cached(name) is not None for name in names)
     return config.parent if config is not None and complete else None

@@ -337,7 +337,8 @@ def _norm(ref: MatrixRef, path: str, context: _Context) -> NormRef | None:
     config = context.config(path)
     for candidate in find_norm_paths(path, config, places):
         if tensor := context.by_path.get(candidate):
-            return NormRef(tensor, family_fact("gain_offset", config) or 0.0)
+            whole = tensor.file.endswith(".gguf")  # llama.cpp stores γ itself where others store γ − 1
+            return NormRef(tensor, 0.0 if whole else family_fact("gain_offset", config) or 0.0)
     return None
 
 

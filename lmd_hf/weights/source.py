@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import lmd_hf
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, WeightFile
+from lmd_hf.weights.gguf import read_gguf
 from lmd_hf.weights.header import read_header
+from lmd_hf.weights.pickled import read_pickled, repeated
 from lmd_hf.weights.ranged import Connection, RemoteFile
 
 
@@ -27,7 +29,9 @@ INDEX = "model.safetensors.index.json"
 EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = (".safetensors", ".bin")
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
+GGUF_NOTE = "llama.cpp may order the rows of q and k for its own rotary form; no singular value feels it"
 NAMED = 5  # files that a note names before it counts
 
 
@@ -87,7 +91,10 @@ class FileSource:
         return self.connection is None or self.connection.cached(name) is not None
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads just those bytes: no mapping, so memory in use is the slice itself."""
+        """Reads just those bytes (no mapping, so memory in use is the slice itself); of a pickle, a mapped slice; of
+        a type that torch does not have, the bytes of each row."""
+        if tensor.file.endswith(PICKLES):
+            return read_pickled(_local(self.locate(tensor.file)))[tensor.name].reshape(tensor.shape)[start:stop]
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         row_bytes = (tensor.stop - tensor.start) // rows
@@ -96,9 +103,10 @@ class FileSource:
             file.seek(tensor.start + start * row_bytes)
             if file.readinto(buffer.numpy().data) != len(buffer):
                 raise FormatError(f"{tensor.file}: '{tensor.name}' ends early; the file changed while it was read")
-        return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(
-            (stop - start, *tensor.shape[1:]) if tensor.shape else ()
-        )
+        if tensor.dtype not in TORCH_DTYPES:
+            return buffer.reshape(stop - start, *tensor.shape[1:-1], -1)
+        shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
+        return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -129,11 +137,12 @@ def open_source(
     token: str | bool | None = None,
     download: bool = False,
 ) -> Source:
-    """The source of a model: a live module, a `.safetensors` file, a folder in Hub layout, or a Hub id.
+    """The source of a model: a live module, a weight file (safetensors, GGUF, a pickle of tensors), a folder in Hub
+    layout, or a Hub id.
 
     Of a Hub id only the tensors that are read are fetched, and not kept; `download` keeps whole files in the cache.
     A path that exists wins over a Hub id of the same name; the embedded model answers to its own id, offline. Raises
-    `SourceError` if there is no such model or it holds no safetensors weights, `FormatError` if a file is damaged.
+    `SourceError` if there is no such model or it holds no weights that may be read, `FormatError` if a file is damaged.
     """
     if isinstance(model, nn.Module):
         return _open_live(model)
@@ -148,7 +157,7 @@ def open_source(
     if (
         re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", text)
         and not text.startswith((".", "~"))
-        and path.suffix != ".safetensors"
+        and path.suffix not in (".safetensors", ".gguf", *PICKLES)
     ):
         from lmd_hf.weights.hub import open_repository
 
@@ -157,46 +166,57 @@ def open_source(
 
 
 def open_folder(folder: Path, *, identifier: str) -> FileSource:
-    """A folder in Hub layout: config.json and model.safetensors, or shards with their index."""
+    """A folder in Hub layout: config.json and model.safetensors, or shards with their index, or another weight file."""
     present = sorted(path.name for path in folder.iterdir())
-    names = weight_files(present, str(folder))
+    names, index = weight_files(present, str(folder)), None
     below = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.suffix in WEIGHTS]
-    if INDEX not in names:
-        source = _from_files(folder, names, read_config(folder / "config.json"), identifier)
-        return replace(source, notes=unread_files([*present, *below], names))
-    index = read_index((folder / INDEX).read_bytes(), f"{folder}/{INDEX}")
-    if absent := [name for name in index.shards if name not in present]:
-        raise FormatError(
-            f"{folder}/{INDEX}: names {len(absent)} shards that are absent, first '{absent[0]}'; download them"
-        )
-    source = _from_files(folder, index.shards, read_config(folder / "config.json"), identifier)
-    index.check(source.tensors)
-    return replace(source, notes=unread_files([*present, *below], index.shards))
+    if names[0].endswith(".json"):
+        index = read_index((folder / names[0]).read_bytes(), f"{folder}/{names[0]}")
+        names = index.shards
+        if absent := [name for name in names if name not in present]:
+            raise FormatError(f"{index.where}: names {len(absent)} shards that are absent, first '{absent[0]}'")
+    source = from_files(folder, names, read_config(folder / "config.json"), identifier)
+    if index is not None:
+        index.check(source.tensors)
+    return replace(source, notes=(*source.notes, *unread_files([*present, *below], names)))
 
 
 def _open_file(path: Path) -> FileSource:
-    if path.suffix in PICKLES:
-        raise SourceError(_pickle_refusal(path.name))
-    if path.suffix != ".safetensors":
-        raise SourceError(f"{path}: not a .safetensors file; give a folder, a .safetensors file or a Hub id")
-    return _from_files(path.parent, [path.name], read_config(path.parent / "config.json"), str(path))
+    if path.suffix not in (".safetensors", ".gguf", *PICKLES):
+        kinds = "a folder, a .safetensors, .gguf or .bin file, or a Hub id"
+        raise SourceError(f"{path}: not a weight file; give {kinds}")
+    return from_files(path.parent, [path.name], read_config(path.parent / "config.json"), str(path))
 
 
-def _from_files(folder: Path, names: list[str], config: dict[str, Any] | None, identifier: str) -> FileSource:
+def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, identifier: str) -> FileSource:
+    """These files of a folder as a source; their headers are read, and checked."""
     files: list[WeightFile] = []
     tensors: list[TensorRef] = []
+    shared: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
     for name in names:
         path = folder / name
-        size = path.stat().st_size
-        tensors += read_local_header(path, name)
+        if path.suffix == ".gguf":
+            found, told = read_gguf(path, name)
+            config, notes = {**told, **(config or {})}, (GGUF_NOTE,)
+        else:
+            found = read_local_header(path, name)
+        if path.suffix in PICKLES:
+            shared |= repeated(read_pickled(path))
+        tensors += [tensor for tensor in found if tensor.name not in shared]
         blob = path.resolve().name  # in the Hub's cache a weight file is a link to a blob called by its hash
+        size = path.stat().st_size
         files.append(WeightFile(name, size, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))
     identity = make_identity(identifier, None, None, config, files)
-    return FileSource(identity, config, unique(tensors), lambda name: folder / name)
+    refs = unique(tensors)
+    return FileSource(identity, config, refs, lambda name: folder / name, shared=tuple(shared.items()), notes=notes)
 
 
 def read_local_header(path: Path, name: str) -> tuple[TensorRef, ...]:
     """The tensors of one file on disk."""
+    if path.suffix in PICKLES:
+        values = read_pickled(path)
+        return tuple(TensorRef(n, name, 0, v.nbytes, dtype_name(v), tuple(v.shape)) for n, v in values.items())
     with path.open("rb") as file:
 
         def read(start: int, stop: int) -> bytes:
@@ -207,23 +227,47 @@ def read_local_header(path: Path, name: str) -> tuple[TensorRef, ...]:
 
 
 def weight_files(names: list[str], where: str) -> list[str]:
-    """Which of a repository's files hold the weights: its index, or its safetensors files. `SourceError` if none."""
-    if INDEX in names:
-        return [INDEX]
-    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    if "model.safetensors" in weights:
-        return ["model.safetensors"]
-    plain = [name for name in weights if not name.startswith(("adapter", "consolidated"))]
-    if plain or any(name.startswith("consolidated") for name in weights):
-        return plain or weights
-    if weights:
+    """Which of a repository's files hold the weights: the index of its shards, or the files. `SourceError` if none.
+
+    Safetensors before pickles before GGUF; `model…` before others; plain files before a variant such as
+    `model.fp16.safetensors`; the layout of transformers before the authors' own `consolidated` one.
+    """
+    names = [name for name in names if "/" not in name and not re.fullmatch(TRAINING_STATE, name)]
+    for endings in ((".safetensors",), PICKLES):
+        if found := _of_kind(names, endings):
+            return found
+    quantised = [name for name in names if name.endswith(".gguf")]
+    if len(quantised) > 1:
+        raise SourceError(f"{where}: holds {len(quantised)} GGUF files; give one of them: {', '.join(quantised[:9])}")
+    if quantised:
+        return quantised
+    if any(name.startswith("adapter_model") for name in names):
         raise SourceError(
             f"{where}: holds only a PEFT adapter; merge it first (peft: merge_and_unload) and save the model"
         )
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
-        raise SourceError(_pickle_refusal(f"{where}: {pickles[0]}"))
-    raise SourceError(f"{where}: no .safetensors weights in it; save the model with save_pretrained first")
+    raise SourceError(f"{where}: no weights in it; save the model with save_pretrained first")
+
+
+def _of_kind(names: list[str], endings: tuple[str, ...]) -> list[str]:
+    """The best index or files of one kind; none if there is none."""
+
+    def rank(name: str) -> tuple[bool, bool, str]:
+        return _plain_name(name) != name, not name.startswith(("model", "pytorch_model")), name
+
+    kinds = "|".join(map(re.escape, endings))
+    indexes = [n for n in names if re.search(rf"({kinds})\.index(\.[\w-]+)?\.json$", n) and not n.startswith("cons")]
+    files = [name for name in names if name.endswith(endings) and not name.startswith("adapter_model")]
+    plain = [name for name in files if not name.startswith("consolidated")]
+    whole = [name for name in plain if name in ("model.safetensors", "pytorch_model.bin")]
+    if whole or indexes:
+        return [whole[0] if whole else min(indexes, key=rank)]
+    kept = {_plain_name(name): name for name in sorted(plain, key=rank, reverse=True)}  # of variants the first
+    return sorted(kept.values()) or files
+
+
+def _plain_name(name: str) -> str:
+    """The name without its variant: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
+    return re.sub(r"^([\w-]+)\.[\w-]+(?=\.\w+$)|(?<=\.index)\.[\w-]+(?=\.json$)", r"\1", name)
 
 
 def unread_files(present: list[str], read: list[str]) -> tuple[str, ...]:
@@ -239,11 +283,9 @@ def unread_files(present: list[str], read: list[str]) -> tuple[str, ...]:
     return (f"weight files not read: {named}" + ("; --subfolder reads a folder" if "/" in "".join(unread) else ""),)
 
 
-def _pickle_refusal(name: str) -> str:
-    return (
-        f"{name}: pickled weights are not opened, because unpickling can run code; convert them once with "
-        "AutoModel.from_pretrained(…).save_pretrained(…), which writes safetensors"
-    )
+def _local(place: Path | RemoteFile) -> Path:
+    assert isinstance(place, Path), "only safetensors are read over the network"
+    return place
 
 
 @dataclass(frozen=True)
@@ -269,9 +311,11 @@ def read_index(data: bytes, where: str) -> Index:
         weight_map = json.loads(data)["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise FormatError(f"{where}: not a safetensors index (JSON with a weight_map); download it again") from None
-    if not shards or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards):
-        raise FormatError(f"{where}: the weight_map must name .safetensors files beside it; download it again")
+        raise FormatError(f"{where}: not an index of shards (JSON with a weight_map); download it again") from None
+    if not shards or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.-]+\.(?:safetensors|bin)", name) for name in shards
+    ):
+        raise FormatError(f"{where}: the weight_map must name weight files beside it; download it again")
     return Index(shards, set(weight_map), where)
 
 
@@ -307,8 +351,13 @@ def unique(tensors: list[TensorRef]) -> tuple[TensorRef, ...]:
     return tuple(tensors)
 
 
-def _open_live(module: nn.Module) -> LiveSource:
+def dtype_name(value: Tensor) -> str:
+    """A tensor's dtype as safetensors writes it."""
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    return names.get(value.dtype, str(value.dtype).removeprefix("torch.").upper())
+
+
+def _open_live(module: nn.Module) -> LiveSource:
     values: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     shared = []
@@ -319,10 +368,7 @@ def _open_live(module: nn.Module) -> LiveSource:
             shared.append((name, first[id(value)]))
         else:
             first[id(value)], values[name] = name, value
-    tensors = tuple(
-        TensorRef(name, "", 0, 0, names.get(v.dtype, str(v.dtype).removeprefix("torch.").upper()), tuple(v.shape))
-        for name, v in values.items()
-    )
+    tensors = tuple(TensorRef(name, "", 0, 0, dtype_name(v), tuple(v.shape)) for name, v in values.items())
     config: Any = getattr(module, "config", None)
     raw = config.to_dict() if hasattr(config, "to_dict") else None
     identifier = getattr(config, "_name_or_path", "") or type(module).__name__

@@ -161,26 +161,17 @@ def bitnet(weight: Tensor, scale: Tensor) -> Unpacked:
     return affine(codes.float() - 1, scale)
 
 
-def hqq(
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    shape: Tensor,
-    bits: Tensor,
-    axis: Tensor,
-    group: Tensor | None = None,
-) -> Unpacked:
+def hqq(weight: Tensor, scale: Tensor, zero: Tensor, shape: Tensor, bits: Tensor) -> Unpacked:
     """W = (q − z) · s reshaped to (O, I), q unpacked by planes: the first rows hold the highest bits (HQQ, `BitPack`).
-    Groups lie along the axis that `group_size` counts."""
+    Scale and zero have one entry for every row or column of q."""
     count = int(bits)
     planes = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[count]
     codes = torch.cat([(weight >> (count * (planes - 1 - plane))) & (2**count - 1) for plane in range(planes)])
-    if group is not None and count == 3:  # ten planes of a word leave rows that nothing fills
-        codes = codes[: int(group) if int(axis) == 0 else math.prod(shape.tolist()) // int(group)]
+    sizes = shape.tolist()
+    codes = codes[: math.prod(sizes) // codes.shape[1]]  # ten planes may leave rows that nothing fills
     unpacked = affine(codes.float(), scale, zero)
-    assert unpacked.half_step is not None
-    steps = unpacked.half_step.expand(codes.shape).reshape(shape.tolist())
-    return Unpacked(unpacked.values.reshape(shape.tolist()), half_step=steps)
+    steps = (scale.float().abs() / 2).expand(codes.shape)
+    return Unpacked(unpacked.values.reshape(sizes), half_step=steps.reshape(sizes))
 
 
 def weight_norm(weight: Tensor, gain: Tensor) -> Unpacked:

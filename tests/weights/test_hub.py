@@ -98,8 +98,8 @@ def test_a_private_repository_needs_its_token_and_never_leaks_it(hub, save):
         ("org/absent", {}, "no such Hub repository"),
         ("org/gated", {}, "gated; accept its terms"),
         ("org/plain", {"revision": "nope"}, "no revision 'nope'"),
-        ("org/pickled", {}, "pickled weights are not opened"),
-        ("org/empty", {}, r"no \.safetensors weights"),
+        ("org/pickled", {}, r"pytorch_model.bin: (?:not a readable checkpoint|holds more than tensors)"),
+        ("org/empty", {}, "no weights in it"),
         ("org/shardless", {}, "shards that are absent, first 'model-2.safetensors'"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lmd_hf.errors import FormatError, SourceError
+from lmd_hf.errors import FormatError, LmdError, SourceError
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
@@ -133,15 +133,15 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(SourceError, match=r"no \.safetensors weights"):
+    with pytest.raises(SourceError, match="no weights in it"):
         open_source(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_pickles_are_refused_unopened(tmp_path, name):
+def test_damaged_pickles_are_one_clear_line(tmp_path, name):
     (tmp_path / name).write_bytes(b"this is not even a pickle")
     for model in (tmp_path, tmp_path / name):
-        with pytest.raises(SourceError, match=r"pickled weights are not opened.*save_pretrained"):
+        with pytest.raises(LmdError, match=rf"{name}: (?:not a readable checkpoint|holds more than tensors)"):
             open_source(model)
 
 
@@ -208,5 +208,5 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(SourceError, match=r"not a \.safetensors file"):
+    with pytest.raises(SourceError, match="not a weight file"):
         open_source(tmp_path / "notes.txt")

@@ -1,0 +1,276 @@
+"""Weight files of other kinds than sharded safetensors: pickles, variants, the authors' own layouts, GGUF."""
+
+import json
+import os
+import pickle
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from models import make
+from safetensors.torch import load_file, save_file
+
+import lmd_hf
+from lmd_hf.errors import FormatError, LmdError, SourceError
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source, weight_files
+from lmd_hf.weights.stored import read_stored
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny LLaMA as transformers saves it, and its state dict."""
+    folder = tmp_path_factory.mktemp("saved")
+    make("llama").save_pretrained(folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def rows(model):
+    return {(m.role, m.layer, m.part): m.singular_values for m in lmd_hf.analyze(model).matrices}
+
+
+def same(model, saved):
+    """The same matrices, with the same singular values, as the safetensors file has."""
+    ours, theirs = rows(model), rows(saved)
+    assert ours.keys() == theirs.keys()
+    for key, values in ours.items():
+        np.testing.assert_allclose(values, theirs[key], rtol=1e-12)
+
+
+# --- pickles -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_checkpoint_gives_the_same_numbers(tmp_path, saved, legacy):
+    folder, state = saved
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    same(tmp_path, folder)
+    report = lmd_hf.analyze(tmp_path)
+    assert report.model.files[0].sha256 is not None
+    assert report.coverage.parameters == sum(value.numel() for value in state.values())
+
+
+def test_a_sharded_pickle_and_weights_inside_a_trainers_checkpoint(tmp_path, saved):
+    folder, state = saved
+    names = sorted(state)
+    for index, part in enumerate((names[::2], names[1::2])):
+        torch.save({"epoch": 3, "state_dict": {n: state[n] for n in part}}, tmp_path / f"pytorch_model-{index}.bin")
+    index = {"weight_map": {name: f"pytorch_model-{place % 2}.bin" for place, name in enumerate(names)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "training_args.bin").write_bytes(b"never opened")
+    same(tmp_path, folder)
+
+
+def test_a_tensor_pickled_under_two_names_is_counted_once(tmp_path):
+    weight = torch.randn(6, 4)
+    state = {"wte.weight": weight, "lm_head.weight": weight}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    report = lmd_hf.analyze(tmp_path)
+    assert (report.coverage.parameters, len(report.matrices)) == (24, 1)
+    assert [(a.name, a.of) for a in report.coverage.aliases] == [("lm_head.weight", "wte.weight")]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    with (tmp_path / "old" / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(Harmful(), file)
+    torch.save({"weight": torch.ones(2, 2), "optimiser": Harmful()}, tmp_path / "pytorch_model.bin")
+    for folder in (tmp_path, tmp_path / "old"):
+        with pytest.raises(SourceError, match="holds more than tensors"):
+            open_source(folder)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_pickle_without_tensors_says_so(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "model.pt")
+    with pytest.raises(FormatError, match="no named tensors"):
+        open_source(tmp_path / "model.pt")
+
+
+# --- which files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        ("model.safetensors pytorch_model.bin model.fp16.safetensors", "model.safetensors"),
+        ("model.fp16.safetensors pytorch_model.bin", "model.fp16.safetensors"),
+        ("model.safetensors.index.fp16.json model-1.fp16.safetensors", "model.safetensors.index.fp16.json"),
+        ("model.safetensors.index.json model-1.safetensors consolidated.safetensors", "model.safetensors.index.json"),
+        ("unet.safetensors unet.fp16.safetensors", "unet.safetensors"),
+        ("consolidated.safetensors params.json", "consolidated.safetensors"),
+        ("consolidated.00.pth params.json", "consolidated.00.pth"),
+        ("pytorch_model.bin training_args.bin optimizer.pt rng_state.pth", "pytorch_model.bin"),
+        ("pytorch_model.bin.index.json pytorch_model-1.bin", "pytorch_model.bin.index.json"),
+        ("model-q4.gguf README.md", "model-q4.gguf"),
+    ],
+)  # fmt: skip
+def test_which_file_is_read(present, chosen):
+    assert weight_files(present.split(), "here") == [chosen]
+
+
+def test_several_gguf_files_are_a_choice():
+    with pytest.raises(SourceError, match=r"2 GGUF files; give one of them: a\.gguf, b\.gguf"):
+        weight_files(["a.gguf", "b.gguf"], "here")
+
+
+ORIGINAL = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv"}
+ORIGINAL |= {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2"}
+ORIGINAL |= {"mlp.up_proj": "feed_forward.w3", "embed_tokens": "tok_embeddings", "lm_head": "output", "model.": ""}
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.safetensors"])
+def test_the_authors_own_layout(tmp_path, saved, name):
+    folder, state = saved
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in ORIGINAL.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    original = tmp_path / "original"
+    original.mkdir()
+    if name.endswith(".pth"):
+        torch.save(renamed, original / name)
+    else:
+        save_file(renamed, original / name)
+    (original / "params.json").write_text("{}")
+    found = {(m.role, m.layer, m.part): m for m in lmd_hf.analyze(tmp_path, subfolder="original").matrices}
+    expected = rows(folder)
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        np.testing.assert_allclose(row.singular_values, expected[key], rtol=1e-12)
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+GGUF_NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+GGUF_NAMES |= {"mlp.down_proj": "ffn_down", "model.layers": "blk", "model.embed_tokens": "token_embd"}
+GGUF_NAMES |= {"lm_head": "output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+GGUF_NAMES |= {"model.norm": "output_norm"}
+
+
+def write_gguf(path, state, kind=gguf.GGMLQuantizationType.F32, architecture="llama"):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for name, value in state.items():
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        array = value.float().numpy()
+        if array.ndim > 1:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_has_the_roles_and_numbers_of_the_model(tmp_path):
+    model = make("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    model.save_pretrained(tmp_path / "saved")
+    write_gguf(tmp_path / "model.gguf", load_file(tmp_path / "saved" / "model.safetensors"))
+    report = lmd_hf.analyze(tmp_path / "model.gguf")
+    expected = {(m.role, m.layer): m for m in lmd_hf.analyze(tmp_path / "saved").matrices}
+    found = {(m.role, m.layer): m for m in report.matrices}
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        np.testing.assert_allclose(row.singular_values, expected[key].singular_values, rtol=1e-12)
+        assert (row.shape, row.energy_degree) == (expected[key].shape, expected[key].energy_degree)
+    assert report.coverage.parameters == sum(p.numel() for p in model.parameters())
+    assert found["q", 1].name == "blk.1.attn_q.weight"
+
+
+WRITABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "BF16", "F16"]
+PACKED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_M", "IQ1_S", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_NL", "IQ4_XS"]
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_gguf_blocks_written_by_ggml(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    w = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": w}, kind)
+    source = open_source(tmp_path)
+    (ref,) = list_matrices(source).selected
+    found = read_stored(source, ref)
+    expected = gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind)
+    assert torch.equal(found.matrix.float(), torch.from_numpy(expected))
+    assert (ref.dtype, ref.shape, ref.role, ref.layer) == (name, (32, 256), "up", 0)
+    if name.startswith("Q"):  # the half step bounds the errors' root mean square, and not by far
+        error = float((found.matrix - w).double().square().mean().sqrt())
+        assert error < found.rounding.absolute < 3 * error
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_gguf_blocks_of_every_other_type(tmp_path, name):
+    """Random bytes are valid blocks, once their scales are finite."""
+    kind = gguf.GGMLQuantizationType[name]
+    entries, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (8, 512 // entries * size), dtype=np.uint8)
+    while not np.isfinite(gguf.quants.dequantize(raw, kind)).all():
+        bad = ~np.isfinite(gguf.quants.dequantize(raw, kind)).all(1)
+        raw[bad] = np.random.default_rng(int(raw[bad].sum())).integers(0, 256, raw[bad].shape, dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    source = open_source(tmp_path / "m.gguf")
+    (ref,) = list_matrices(source).selected
+    assert ref.shape == (8, 512)
+    assert torch.equal(read_stored(source, ref).matrix, torch.from_numpy(gguf.quants.dequantize(raw, kind)).float())
+
+
+def test_gguf_experts_fused_attention_and_shared_experts(tmp_path):
+    state = {
+        "blk.0.attn_qkv.weight": torch.randn(128, 64),
+        "blk.0.ffn_gate_exps.weight": torch.randn(3, 96, 64),
+        "blk.0.ffn_gate_inp.weight": torch.randn(3, 64),
+        "blk.0.ffn_up_shexp.weight": torch.randn(96, 64),
+    }
+    write_gguf(tmp_path / "m.gguf", state, architecture="unheard-of")
+    source = open_source(tmp_path / "m.gguf")
+    found = {(r.role, r.expert): (r.shape, read_stored(source, r).matrix) for r in list_matrices(source).selected}
+    assert found["q", None][0] == (64, 64)
+    assert found["k", None][0] == (32, 64)
+    assert torch.equal(found["v", None][1], state["blk.0.attn_qkv.weight"][96:])
+    gates = [matrix for (role, expert), (_, matrix) in found.items() if expert is not None]
+    assert torch.equal(torch.stack(gates), state["blk.0.ffn_gate_exps.weight"])
+    assert {role for role, _ in found} >= {"router"}
+
+
+@pytest.mark.parametrize("cut", [3, 40, -100])
+def test_a_damaged_gguf_file_is_one_clear_line(tmp_path, cut):
+    write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": torch.randn(32, 256)})
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data[:cut])
+    with pytest.raises(LmdError, match=r"m\.gguf: "):
+        open_source(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "m.gguf"])
+def test_a_hub_model_of_another_kind_is_downloaded_and_read(tmp_path, hub, saved, kind):
+    folder, state = saved
+    files = {"config.json": (folder / "config.json").read_bytes()}
+    if kind.endswith(".gguf"):
+        write_gguf(tmp_path / kind, state)
+    else:
+        torch.save(state, tmp_path / kind)
+    name = f"org/other-{kind.split('.')[-1]}"
+    commit = hub.add(name, {**files, kind: (tmp_path / kind).read_bytes()})
+    same(name, folder)
+    report = lmd_hf.analyze(name)
+    assert (report.model.commit, report.model.files[0].name) == (commit, kind)
