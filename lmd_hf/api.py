@@ -70,7 +70,7 @@ def analyze(
     timing["total"] = time.perf_counter() - started
     report = build_report(hashed, todo, replace(results, timing=timing))
     if report.unread and not report.matrices:
-        raise SourceError(f"none of the {len(report.unread)} matrices {report.unread[0].reason}")
+        raise SourceError(report.unread[0].reason)
     return report
 
 
@@ -95,10 +95,11 @@ def _ahead(source: Source, settings: Settings) -> AbstractContextManager[HeadSta
     if source.module is not None or settings.metric != "identity":
         return nullcontext()
     try:
-        inventory = list_by_name(source)
+        early = make_plan(list_by_name(source), source.identity, settings)
         if isinstance(source, FileSource) and source.connection is not None:
-            inventory = replace(inventory, selected=tuple(filter(_is_certain, inventory.selected)))
-        return head_start(make_plan(inventory, source.identity, settings), source)
+            certain = tuple(index for index in early.shards[0] if _is_certain(early.works[index].ref))
+            early = replace(early, shards=(certain,))
+        return head_start(early, source)
     except SettingsError:  # names alone may miss what was selected; the final plan decides
         return nullcontext()
 
