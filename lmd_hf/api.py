@@ -16,6 +16,7 @@ from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.records import MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.report import Report
+from lmd_hf.run.estimate import estimate
 from lmd_hf.run.execute import HeadStart, execute, head_start
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.identity import with_hashes
@@ -82,9 +83,11 @@ def plan(
     token: str | bool | None = None,
     settings: Settings | None = None,
 ) -> Plan:
-    """What `analyze` would do, from headers alone: no weight is downloaded or read."""
+    """What `analyze` would do, from headers alone: no weight is fetched or read. Half a second of the same arithmetic
+    on random numbers tells how long it would take here."""
     source = open_source(model, revision=revision, subfolder=subfolder, token=token)
-    return make_plan(list_matrices(source), source.identity, settings or Settings())
+    todo = make_plan(list_matrices(source), source.identity, settings or Settings())
+    return replace(todo, estimate=estimate(todo, source))
 
 
 _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}

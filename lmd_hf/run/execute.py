@@ -54,7 +54,7 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with _pool(_workers(works, device)) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(worker_count(works, device)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
@@ -77,9 +77,9 @@ def execute(
     device = pick_device(plan.settings.device)
     places = {plan.works[index]: index for index in plan.shards[rank]}
     works = [work for work in places if _entries(work.ref) not in spectra]
-    workers = _workers(list(places), device)
+    workers = worker_count(list(places), device)
     outcomes: dict[int, Outcome] = {}
-    with _pool(workers) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
         done = [work for work in places if _entries(work.ref) in spectra]
         futures = {
             pool.submit(_do, reads, plan, work, device, spectra.get(_entries(work.ref))): work
@@ -111,7 +111,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _workers(works: list[Work], device: torch.device) -> int:
+def worker_count(works: list[Work], device: torch.device) -> int:
+    """How many matrices are worked on at one time: as many as there are cores and as fit into memory."""
     if device.type != "cpu" or not works:
         return 1
     cores = os.cpu_count() or 1
@@ -122,7 +123,7 @@ def _workers(works: list[Work], device: torch.device) -> int:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Worker threads that share the cores. On an interrupt, what has not started is dropped at once."""
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
