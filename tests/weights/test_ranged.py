@@ -72,7 +72,7 @@ def test_a_fault_that_a_retry_heals_changes_nothing(hub, put, save, fault):
         ("loop", "model.safetensors redirects in a circle; try again later"),
         ("error", r"gave up reading from the Hub \(it answers 500\); check the connection and run again"),
         ("cut", r"gave up reading from the Hub \(.*\); check the connection and run again"),
-        ("revoked", r"the Hub refuses to send model.safetensors \(401\); has the token expired\? `hf auth login`"),
+        ("revoked", r"the Hub refuses model.safetensors \(401\); has the token expired\? `hf auth login`"),
     ],
 )
 def test_a_fault_that_stays_keeps_what_is_finished(hub, put, save, monkeypatch, fault, reason):
