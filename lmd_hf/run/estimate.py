@@ -30,7 +30,7 @@ def estimate(plan: Plan, source: Source) -> Estimate:
     reads = merged(span for work in works for span in spans(work.ref))
     remote = [span for span in reads if isinstance(source, FileSource) and not source.on_disk(span.tensor.file)]
     device = pick_device(plan.settings.device)
-    workers = worker_count(works, device)
+    workers = worker_count(works, device, source)
     flops = sum(work.flops for work in works)
     ahead = max(ROOM, max((span.bytes for span in reads), default=0))
     largest = max((work.bytes for work in works), default=0)

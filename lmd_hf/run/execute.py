@@ -1,5 +1,6 @@
 """Doing the work: the only place where tensors live. One rank is a world of one."""
 
+import math
 import os
 import platform
 import threading
@@ -24,9 +25,9 @@ from lmd_hf.weights.stored import read_matrix
 
 
 Outcome = MatrixReport | Skipped | Alias
-MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time,
-LARGEST_SHARE = 3  # and of the largest matrix in float64, or
-MEMORY_PER_CORE = 128 * 2**20  # bytes for each core, if that is more
+MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
+LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
+MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with worker_pool(worker_count(works, device)) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(worker_count(works, device, source)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
@@ -77,7 +78,7 @@ def execute(
     device = pick_device(plan.settings.device)
     places = {plan.works[index]: index for index in plan.shards[rank]}
     works = [work for work in places if _entries(work.ref) not in spectra]
-    workers = worker_count(list(places), device)
+    workers = worker_count(list(places), device, source)
     outcomes: dict[int, Outcome] = {}
     with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
         done = [work for work in places if _entries(work.ref) in spectra]
@@ -111,15 +112,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def worker_count(works: list[Work], device: torch.device) -> int:
-    """How many matrices are worked on at one time: as many as there are cores and as fit into memory."""
+def worker_count(works: list[Work], device: torch.device, source: Source) -> int:
+    """How many matrices are worked on at one time: as many as there are cores and as fit into memory.
+
+    What comes over a network comes slowly: there, memory is kept to that of the largest matrix, whatever is free.
+    """
     if device.type != "cpu" or not works:
         return 1
-    cores = os.cpu_count() or 1
-    largest = max(8 * work.ref.shape[0] * work.ref.shape[1] for work in works)
-    room = min(psutil.virtual_memory().available * MEMORY_SHARE, max(LARGEST_SHARE * largest, MEMORY_PER_CORE * cores))
-    fitting = max(1, int(room // max(work.bytes for work in works)))
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores, len(works), fitting)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = psutil.virtual_memory().available * MEMORY_SHARE
+    if isinstance(source, FileSource) and source.connection is not None:
+        largest = max(8 * math.prod(work.ref.shape) for work in works)
+        room = min(room, max(LARGEST_SHARE * largest, MEMORY_PER_CORE * cores))
+    return min(cores, len(works), max(1, int(room // max(work.bytes for work in works))))
 
 
 @contextmanager
