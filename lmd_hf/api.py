@@ -18,6 +18,7 @@ from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
+from lmd_hf.run.estimate import estimate
 from lmd_hf.run.execute import HeadStart, execute, head_start
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
@@ -73,7 +74,7 @@ def analyze(
     timing["total"] = time.perf_counter() - started
     report = build_report(hashed, todo, replace(results, timing=timing))
     if report.unread and not report.matrices:
-        raise SourceError(f"none of the {len(report.unread)} matrices {report.unread[0].reason}")
+        raise SourceError(report.unread[0].reason)
     return report
 
 
@@ -85,9 +86,11 @@ def plan(
     token: str | bool | None = None,
     settings: Settings | None = None,
 ) -> Plan:
-    """What `analyze` would do, from headers alone: no weight is downloaded or read."""
+    """What `analyze` would do, from headers alone: no weight is fetched or read. Half a second of the same arithmetic
+    on random numbers tells how long it would take here."""
     source = open_source(model, revision=revision, subfolder=subfolder, token=token)
-    return make_plan(list_matrices(source), source.identity, settings or Settings())
+    todo = make_plan(list_matrices(source), source.identity, settings or Settings())
+    return replace(todo, estimate=estimate(todo, source))
 
 
 def compare(
@@ -135,10 +138,11 @@ def _ahead(source: Source, settings: Settings) -> AbstractContextManager[HeadSta
     if source.module is not None or settings.metric != "identity":
         return nullcontext()
     try:
-        inventory = list_by_name(source)
+        early = make_plan(list_by_name(source), source.identity, settings)
         if isinstance(source, FileSource) and source.connection is not None:
-            inventory = replace(inventory, selected=tuple(filter(_is_certain, inventory.selected)))
-        return head_start(make_plan(inventory, source.identity, settings), source)
+            certain = tuple(index for index in early.shards[0] if _is_certain(early.works[index].ref))
+            early = replace(early, shards=(certain,))
+        return head_start(early, source)
     except SettingsError:  # names alone may miss what was selected; the final plan decides
         return nullcontext()
 

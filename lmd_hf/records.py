@@ -163,8 +163,20 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a plan costs on one machine: bytes to fetch from the Hub, seconds of decomposition, bytes of memory."""
+
+    fetch_bytes: int
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What will be done, from headers alone. `shards[rank]` holds indices into `works`, most expensive first."""
+    """What will be done, from headers alone. `shards[rank]` holds indices into `works`, most expensive first.
+
+    `estimate` depends on the machine and is `None` until it was measured there.
+    """
 
     identity: ModelIdentity
     settings: Settings
@@ -174,6 +186,7 @@ class Plan:
     aliases: tuple[Alias, ...]
     parameters: int
     notes: tuple[str, ...]
+    estimate: Estimate | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

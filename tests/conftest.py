@@ -24,11 +24,9 @@ os.environ.pop("HF_TOKEN", None)
 @pytest.fixture
 def hub() -> hub_server.Hub:
     """The running Hub, empty."""
-    HUB.repos.clear()
-    HUB.requests.clear()
-    HUB.sent, HUB.down = 0, False
+    HUB.clear()
     yield HUB
-    HUB.down = False
+    HUB.clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,21 @@
 """A Hub on the loopback interface: enough of its protocol for the real client to list, pin, range-read and download.
 
 Repositories live in memory. Weight files are answered as the real Hub answers LFS files: by a redirect to another
-origin (`localhost` instead of `127.0.0.1`), which refuses a request that still carries a token.
+origin (`localhost` instead of `127.0.0.1`), which refuses a request that still carries a token. `latency` and
+`bandwidth` make it a distant one; `faults` says what goes wrong with the next requests for tensors, `always` with all:
+
+    cut       the connection breaks in the middle of the body      short     an honest answer, but of half the bytes
+    busy      429 with Retry-After: 1                               error     500
+    length    another total length                                  loop      a redirect to itself
+    replaced  the file is another from now on, of the same length   expired   the signed address is no longer valid
+    revoked   and neither is the token
 """
 
 import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -15,17 +23,22 @@ from urllib.parse import unquote
 
 @dataclass
 class Repo:
-    """Commits are {sha: {path: bytes}}, branches {name: sha}. A private or gated one wants `token`."""
+    """Commits are {sha: {path: bytes}}, branches {name: sha}. A private or gated one wants `token`. Without `lfs`,
+    weight files lie in git itself: no hash is listed, and they are answered without a redirect."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
+    lfs: bool = True
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Add a commit with exactly these files; returns its hash."""
-        content = b"".join(name.encode() + data for name, data in sorted(files.items()))
-        sha = hashlib.sha1(content + branch.encode()).hexdigest()
+        digest = hashlib.sha1(branch.encode())
+        for name, data in sorted(files.items()):
+            digest.update(name.encode())
+            digest.update(data)
+        sha = digest.hexdigest()
         self.commits[sha] = dict(files)
         self.branches[branch] = sha
         return sha
@@ -33,7 +46,9 @@ class Repo:
 
 @dataclass
 class Hub:
-    """A running server. `requests` are (method, path, range), `sent` counts the bytes of files that left it."""
+    """A running server. `requests` are (method, path, range), `sent` counts the bytes of files that left it, `first` is
+    the time of the first byte of a weight file. `latency` is in seconds a request, `bandwidth` in bytes a second, for
+    all connections together."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     token: str = "hf_test_token"
@@ -41,6 +56,14 @@ class Hub:
     sent: int = 0
     down: bool = False
     port: int = 0
+    latency: float = 0
+    bandwidth: float = 0
+    faults: list[str] = field(default_factory=list)
+    always: str = ""
+    first: float = 0
+    free_at: float = 0  # when the line has sent what it was given
+    hashes: dict[int, tuple[bytes, str]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def url(self) -> str:
@@ -51,15 +74,46 @@ class Hub:
         self.repos[repo_id] = Repo(**flags)
         return self.repos[repo_id].commit(files)
 
+    def clear(self) -> None:
+        """Forget everything, as if just started."""
+        fresh = Hub(token=self.token, port=self.port)
+        for name in vars(fresh):
+            if name != "lock":
+                setattr(self, name, getattr(fresh, name))
+
+    def sha256(self, data: bytes) -> str:
+        """The hash of a file, computed once."""
+        if id(data) not in self.hashes:
+            self.hashes[id(data)] = data, hashlib.sha256(data).hexdigest()
+        return self.hashes[id(data)][1]
+
+    def fault(self) -> str:
+        """What goes wrong with this request for a tensor, if anything."""
+        with self.lock:
+            return self.faults.pop(0) if self.faults else self.always
+
+    def pace(self, size: int) -> None:
+        """Wait until the line has carried that many bytes more."""
+        if self.bandwidth:
+            with self.lock:
+                self.free_at = max(self.free_at, time.monotonic()) + size / self.bandwidth
+                until = self.free_at
+            time.sleep(max(0.0, until - time.monotonic()))
+
 
 def start() -> Hub:
     """Serve a new Hub from a daemon thread."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.port = server.server_address[1]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return hub
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is none."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(self.path.partition("?")[0])
+        time.sleep(self.hub.latency)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         if self.hub.down:
             self.close_connection = True
@@ -122,13 +177,14 @@ class _Handler(BaseHTTPRequestHandler):
         if found := self._find(repo_id, revision):
             _, files = found
             prefix = f"{folder}/" if folder else ""
+            recursive = "recursive=true" in self.path.lower()
             entries = []
             for name, data in sorted(files.items()):
-                if not name.startswith(prefix) or "/" in name.removeprefix(prefix):
+                if not name.startswith(prefix) or ("/" in name.removeprefix(prefix) and not recursive):
                     continue
-                entry = {"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)}
-                if name.endswith(".safetensors"):
-                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                entry = {"type": "file", "path": name, "oid": self.hub.sha256(data)[:40], "size": len(data)}
+                if name.endswith(".safetensors") and self.hub.repos[repo_id].lfs:
+                    entry["lfs"] = {"oid": self.hub.sha256(data), "size": len(data), "pointerSize": 134}
                 entries.append(entry)
             if folder and not entries:
                 return self._error(404, "EntryNotFound")
@@ -141,12 +197,12 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in files:
             return self._error(404, "EntryNotFound", {"X-Repo-Commit": sha})
         data = files[name]
-        if not name.endswith(".safetensors"):
+        if not name.endswith(".safetensors") or not self.hub.repos[repo_id].lfs:
             return self._file(data, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
         self.send_response(302)
         self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repo_id}/{sha}/{name}")
         self.send_header("X-Repo-Commit", sha)
-        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Linked-Etag", f'"{self.hub.sha256(data)}"')
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -155,21 +211,43 @@ class _Handler(BaseHTTPRequestHandler):
     def _cdn(self, repo_id: str, sha: str, name: str) -> None:
         if self.headers.get("Authorization"):
             return self._error(400, "TokenLeaked")
-        return self._file(self.hub.repos[repo_id].commits[sha][name], {})
+        self.hub.first = self.hub.first or time.time()
+        files = self.hub.repos[repo_id].commits[sha]
+        fault = "" if self.headers.get("Range", "").startswith("bytes=0-") else self.hub.fault()
+        if fault == "revoked":
+            self.hub.token = "another"
+        if fault in ("expired", "revoked"):
+            return self._error(403, "")
+        if fault in ("busy", "error"):
+            return self._error(429 if fault == "busy" else 500, "", {"Retry-After": "1"} if fault == "busy" else None)
+        if fault == "loop":
+            return self._error(302, "", {"Location": self.path})
+        if fault == "replaced":
+            files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
+        return self._file(files[name], {"ETag": f'"{self.hub.sha256(files[name])[:32]}"'}, fault)
 
-    def _file(self, data: bytes, headers: dict[str, str]) -> None:
-        status, extra = 200, {}
+    def _file(self, data: bytes, headers: dict[str, str], fault: str = "") -> None:
+        status, extra, total = 200, {}, len(data) + (fault == "length")
+        data = memoryview(data)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match.group(1)), min(int(match.group(2) or len(data) - 1) + 1, len(data))
-            status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+            status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{total}"}
             data = data[start:stop]
+        half = data[: len(data) // 2]
+        data = half if fault == "short" else data
         self.send_response(status)
         for key, value in {**headers, **extra, "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.hub.sent += len(data)
-            self.wfile.write(data)
+            self._send(half if fault == "cut" else data)
+            self.close_connection |= fault == "cut"
+
+    def _send(self, data: memoryview) -> None:
+        self.hub.sent += len(data)
+        for start in range(0, len(data), 2**16):
+            self.hub.pace(len(data[start : start + 2**16]))
+            self.wfile.write(data[start : start + 2**16])
 
     def _json(self, value: object) -> None:
         data = json.dumps(value).encode()

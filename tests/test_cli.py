@@ -45,10 +45,14 @@ def test_plan_prints_what_would_be_done(capsys, save):
     code, out, _ = call(capsys, "plan", save("llama"))
     assert code == 0
     assert "16 matrices" in out
+    assert "to fetch: nothing; here about a second or less and" in out
     assert "mlp gate" in out
     code, out, _ = call(capsys, "plan", save("llama"), "--json", "--metric", "norm")
     planned = json.loads(out)
     assert (code, len(planned["matrices"]), planned["parameters"]) == (0, 16, planned["decomposed"] + 160)
+    assert planned["bytes_to_fetch"] == 0
+    assert planned["expected_seconds"] > 0
+    assert planned["memory_bytes"] > 10**8
     assert planned["matrices"][1]["norm"] == "model.layers.0.input_layernorm.weight"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from lmd_hf.records import Plan
+from lmd_hf.records import Estimate, Plan
 from lmd_hf.report.text import percent, reasons
 
 
@@ -22,6 +22,9 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "decomposed": _planned(plan),
         "flops": sum(work.flops for work in plan.works),
+        "bytes_to_fetch": plan.estimate.fetch_bytes if plan.estimate else None,
+        "expected_seconds": round(plan.estimate.seconds, 3) if plan.estimate else None,
+        "memory_bytes": plan.estimate.memory_bytes if plan.estimate else None,
         "largest_bytes": max((work.bytes for work in plan.works), default=0),
         "matrices": [
             {
@@ -48,11 +51,12 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def plan_to_text(plan: Plan, *, brief: bool = False) -> str:
-    """A line of totals, the coverage to expect, and one row for each role and shape."""
+    """Lines of totals, costs and the coverage to expect, and one row for each role and shape."""
     flops = sum(work.flops for work in plan.works)
     lines = [
         f"{plan.identity.id}: {len(plan.works)} matrices, {_planned(plan):,} of {plan.parameters:,} parameters "
         f"({percent(_planned(plan) / plan.parameters if plan.parameters else 0)}), {flops / 1e9:,.1f} GFLOP",
+        *([_costs(plan.estimate)] if plan.estimate else []),
         *(f"note: {note}" for note in plan.notes),
     ]
     if plan.skipped:
@@ -65,6 +69,12 @@ def plan_to_text(plan: Plan, *, brief: bool = False) -> str:
         ]
         lines += ["", tabulate(table, headers=("role", "shape", "matrices", "stored as", "kernel"))]
     return "\n".join(lines)
+
+
+def _costs(estimate: Estimate) -> str:
+    fetched = f"{estimate.fetch_bytes / 1e6:,.1f} MB" if estimate.fetch_bytes else "nothing"
+    seconds = f"{estimate.seconds:,.0f} s" if estimate.seconds >= 1 else "a second or less"
+    return f"to fetch: {fetched}; here about {seconds} and {estimate.memory_bytes / 1e6:,.0f} MB of memory"
 
 
 def _planned(plan: Plan) -> int:

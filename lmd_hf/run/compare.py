@@ -36,8 +36,7 @@ def compare_all(
     started = time.perf_counter()
     where = pick_device(device)
     pairs = matching.pairs
-    largest = max((8 * math.prod(pair.shape) for pair in pairs), default=0)
-    workers = count_workers([pair.bytes for pair in pairs], largest, where)
+    workers = count_workers([pair.bytes for pair in pairs], where)
     outcomes: dict[int, MatrixChange | Unmatched] = {}
     with worker_pool(workers) as pool:
         order = sorted(range(len(pairs)), key=lambda index: -pairs[index].flops)

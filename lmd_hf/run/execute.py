@@ -26,9 +26,9 @@ from lmd_hf.weights.stored import Rounding, Stored, read_stored
 
 Outcome = MatrixReport | Skipped | Alias
 Begun = Future[tuple[Spectrum, Rounding]]
-MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time,
-LARGEST_SHARE = 3  # and of the largest matrix in float64, or
-MEMORY_PER_CORE = 128 * 2**20  # bytes for each core, if that is more
+MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
+LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
+MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    workers = _workers(works, device)
-    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(worker_count(works, device, source)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
@@ -80,7 +79,7 @@ def execute(
     device = pick_device(plan.settings.device)
     places = {plan.works[index]: index for index in plan.shards[rank]}
     works = [work for work in places if _entries(work.ref) not in spectra]
-    workers = _workers(list(places), device)
+    workers = worker_count(list(places), device, source)
     outcomes: dict[int, Outcome] = {}
     with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
         done = [work for work in places if _entries(work.ref) in spectra]
@@ -114,19 +113,29 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _workers(works: list[Work], device: torch.device) -> int:
-    return count_workers([w.bytes for w in works], max((8 * math.prod(w.ref.shape) for w in works), default=0), device)
+def worker_count(works: list[Work], device: torch.device, source: Source) -> int:
+    """How many matrices are worked on at one time.
+
+    What comes over a network comes slowly: there, memory is kept to that of the largest matrix, whatever is free.
+    """
+    limit = math.inf
+    if works and isinstance(source, FileSource) and source.connection is not None:
+        largest = max(8 * math.prod(work.ref.shape) for work in works)
+        limit = max(LARGEST_SHARE * largest, MEMORY_PER_CORE * _cores())
+    return count_workers([work.bytes for work in works], device, limit)
 
 
-def count_workers(sizes: list[int], largest: int, device: torch.device) -> int:
-    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit; one on an accelerator.
-    `largest` is the size of the largest matrix in float64: memory stays below some multiple of it."""
+def count_workers(sizes: list[int], device: torch.device, limit: float = math.inf) -> int:
+    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit into what is free and below
+    `limit`; one on an accelerator."""
     if device.type != "cpu" or not sizes:
         return 1
-    cores = os.cpu_count() or 1
-    room = min(psutil.virtual_memory().available * MEMORY_SHARE, max(LARGEST_SHARE * largest, MEMORY_PER_CORE * cores))
-    fitting = max(1, int(room // max(sizes)))
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores, len(sizes), fitting)
+    room = min(psutil.virtual_memory().available * MEMORY_SHARE, limit)
+    return min(_cores(), len(sizes), max(1, int(room // max(sizes))))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -90,14 +90,18 @@ def _is_chosen(ref: MatrixRef, settings: Settings, layers: set[int] | None) -> b
 
 
 def _work(ref: MatrixRef, settings: Settings) -> Work:
-    """Cost of the exact kernel: half of the Gram product (it is symmetric) and the eigenvalues of a k × k matrix."""
     short, long = min(ref.shape), max(ref.shape)
-    flops = long * short**2 + EIGEN_FLOPS * short**3
+    flops = exact_flops(long, short)
     entry = 8 if ref.dtype == "F64" else 4
     memory = entry * short * long + 3 * 8 * short**2
     if settings.metric == "norm" and ref.norm is not None:
         flops, memory = 2 * flops, memory + 8 * short * long
     return Work(ref, KERNELS[settings.kernel], flops, memory)
+
+
+def exact_flops(long: int, short: int) -> float:
+    """Cost of the exact kernel: half of the Gram product (it is symmetric) and the eigenvalues of a k × k matrix."""
+    return long * short**2 + EIGEN_FLOPS * short**3
 
 
 def _shards(works: tuple[Work, ...], world_size: int) -> tuple[tuple[int, ...], ...]:

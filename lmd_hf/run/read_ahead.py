@@ -16,7 +16,7 @@ from lmd_hf.weights.source import Source
 
 
 READERS = 8  # enough small reads at one time to hide the latency of each
-ROOM = 64 * 2**20  # bytes read ahead: over a second of a fast line
+ROOM = 16 * 2**20  # bytes read ahead, or one read if that is longer
 
 
 @dataclass(frozen=True)

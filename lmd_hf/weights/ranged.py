@@ -126,10 +126,9 @@ class RemoteFile:
         """Write what one request brings into `view`, and say how much as it comes."""
         session: Any = get_session()
         url = self.found[0] or self.url
-        headers = {"Range": f"bytes={start}-{start + len(view) - 1}", "Accept-Encoding": "identity"}
-        headers |= {
-            k: v for k, v in self.connection.headers.items() if _same_origin(url, self.url) or k == "user-agent"
-        }
+        headers = {**self.connection.headers, "range": f"bytes={start}-{start + len(view) - 1}"}
+        if not _same_origin(url, self.url):  # the token is for the Hub alone
+            headers.pop("authorization", None)
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
             self._check(answer, start)
@@ -177,9 +176,7 @@ class RemoteFile:
             return self._lost("is no longer there; run again")
         remedy = "gated; accept its terms on its page, then `hf auth login`"
         if code != "GatedRepo":
-            remedy = (
-                f"the Hub refuses to send {self.name} ({status}); has the token expired? `hf auth login`, run again"
-            )
+            remedy = f"the Hub refuses {self.name} ({status}); has the token expired? `hf auth login`, then run again"
         self.connection.fault = f"{self.connection.repo_id}: {remedy}"
         return SourceError(self.connection.fault)
 

@@ -1,6 +1,7 @@
 """Where a model's tensors are: a folder, a file, a Hub repository or a live module. One tensor is read at a time."""
 
 import json
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ class FileSource:
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         row_bytes = (tensor.stop - tensor.start) // rows
-        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        buffer = _page_buffer((stop - start) * row_bytes)
         with self.locate(tensor.file).open("rb") as file:
             file.seek(tensor.start + start * row_bytes)
             if file.readinto(buffer.numpy().data) != len(buffer):
@@ -107,6 +108,12 @@ class FileSource:
             return buffer.reshape(stop - start, *tensor.shape[1:-1], -1)
         shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
         return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(shape)
+
+
+def _page_buffer(size: int) -> Tensor:
+    """Bytes in pages of their own, which go back to the system at once: many threads read, others let go of it, and
+    the heap would keep what each of them ever held."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,27 @@ def test_cost_is_that_of_the_exact_kernel(stage):
     work = next(w for w in make_plan(*stage, Settings()).works if w.ref.role == "down")
     k, long = min(work.ref.shape), max(work.ref.shape)
     assert work.flops == long * k**2 + 4 / 3 * k**3
+
+
+def test_an_estimate_knows_bytes_time_and_memory(hub, save):
+    from lmd_hf.api import plan
+
+    local = plan(save("mixtral")).estimate
+    assert local.fetch_bytes == 0
+    assert 0 < local.seconds < 60
+    assert local.memory_bytes > 50e6
+    hub.add("org/estimated", {p.name: p.read_bytes() for p in save("mixtral").iterdir()})
+    remote = plan("org/estimated", settings=Settings(roles=("q",)))
+    assert remote.estimate.fetch_bytes == sum(4 * math.prod(work.ref.shape) for work in remote.works)
+    whole = plan("org/estimated", settings=Settings(roles=("q", "k")))
+    assert whole.estimate.fetch_bytes > remote.estimate.fetch_bytes
+
+
+def test_the_estimate_of_seconds_is_of_the_right_size(minilm):
+    """Within a factor of four, for neighbours come and go on shared machines."""
+    from lmd_hf.api import plan
+    from lmd_hf.run.execute import execute
+
+    todo = plan(minilm)
+    took = execute(todo, open_source(minilm)).timing["execute"]
+    assert took / 4 < todo.estimate.seconds < took * 4
