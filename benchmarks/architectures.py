@@ -27,6 +27,7 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import modeling_auto
+from tiny_models import SETTINGS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lmd_hf.records import MatrixRef, TensorRef
@@ -35,7 +36,8 @@ from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 
 
-ATTENTION = re.compile(r"(?<!Linear)(?<!Delta)(?<!Lightning)(?<!Rwkv)(?<!RwkvSelf)Attention$")
+# deformable and gating modules hold no queries and keys
+ATTENTION = re.compile(r"(?<!Deformable)(?<!Gated)(?<!Linear)(?<!Delta)(?<!Lightning)(?<!Rwkv)(?<!RwkvSelf)Attention$")
 MLP = re.compile(r"(?:MLP|Mlp|FeedForward|FFN)$")
 SECONDS = 60  # at most, for one type
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
@@ -65,10 +67,14 @@ def class_of(model_type: str) -> str | None:
     """The class with the most of the model in it: with a head where there is one."""
     tables = [f"MODEL_FOR_{name}_MAPPING_NAMES" for name in FIRST_CHOICE] + ["MODEL_MAPPING_NAMES"]
     tables += [name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_\w+_NAMES", name)]
+    first = None
     for table in tables:
         if found := getattr(modeling_auto, table).get(model_type):
-            return found if isinstance(found, str) else found[0]
-    return None
+            name = found if isinstance(found, str) else found[0]
+            first = first or name
+            if getattr(getattr(transformers, name, None), "config_class", None) is CONFIG_MAPPING[model_type]:
+                return name
+    return first
 
 
 def saved_source(model: nn.Module, model_type: str) -> Any:
@@ -91,7 +97,7 @@ def judge(model_type: str) -> Verdict:
         return verdict
     try:
         with torch.device("meta"):
-            model = getattr(transformers, verdict.class_name)(CONFIG_MAPPING[model_type]())
+            model = getattr(transformers, verdict.class_name)(CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {})))
     except BUILD_ERRORS as error:
         verdict.not_built = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:90]
         return verdict
@@ -108,24 +114,30 @@ def incomplete(model: nn.Module, refs: tuple[MatrixRef, ...]) -> list[str]:
     """Outermost attention modules without q, k, v, o, and MLPs without up and down; one of each class."""
     found: dict[str, str] = {}
     taken: set[str] = set()
+    seen: set[int] = set()
     below: dict[str, list[MatrixRef]] = {}
     for ref in refs:
         for path in above(ref.name):
             below.setdefault(path, []).append(ref)
     for path, module in model.named_modules():
         name = type(module).__name__
+        own = {id(parameter) for parameter in module.parameters()}
+        if own <= seen:  # shared with a module before it
+            continue
         if not taken.isdisjoint(above(path)):
             continue
         mine = below.get(path, [])
         linear = any(isinstance(child, nn.Linear) or type(child).__name__ == "Conv1D" for child in module.modules())
         if ATTENTION.search(name) and linear:
             taken.add(path)
+            seen |= own
             roles = {ref.role for ref in mine if ref.block in ("attention", "cross_attention")}
             missing = {"q", "k", "v", "o"} - roles - ({"k", "v"} if "kv" in roles else set())
             if missing:
                 found.setdefault(name, f"{path} ({name}): no {', '.join(sorted(missing))}")
         elif MLP.search(name) and any(isinstance(child, nn.Linear) for child in module.children()):
             taken.add(path)
+            seen |= own
             roles = {ref.role for ref in mine if ref.block in ("mlp", "moe")}
             shapes = {role: [ref.shape for ref in mine if ref.role == role] for role in ("up", "down")}
             if not {"up", "down"} <= roles:

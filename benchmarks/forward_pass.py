@@ -54,6 +54,8 @@ class Site:
 # products that a scale does not pass through, by the class that makes them (part of its name) and the pair
 UNFIT = (
     ("GptOssExperts", "up", "the product is (up + 1) × gate"),
+    ("OpenAIPrivacyFilterExperts", "up", "the product is (up + 1) × gate"),
+    ("MiniMaxM3VL", "up", "the product is (up + 1) × gate"),
     ("ConvBert", "qk vo", "queries and keys also make a convolution, whose output is joined to that of the values"),
     ("DogeAttention", "vo", "the values also make the mask"),
 )
@@ -86,7 +88,7 @@ def judge_forward(model: nn.Module) -> Outcome:
         source = open_source(folder)
         loaded = model_class.from_pretrained(folder, dtype=torch.float32).eval()
         refs = [ref for ref in list_matrices(source).selected if ref.block in (*ATTENTION, *MLP)]
-        held = follow(source, refs, model_class, loaded)
+        held = follow(source, refs, model_class, loaded.config)
         for index in unlike(source, refs, held, loaded):
             outcome.failed.append(f"{refs[index].name} {refs[index].part} is not what is computed with".replace("  ", " "))
     outcome.matrices = len(refs)
@@ -133,32 +135,36 @@ def cut(stored: Tensor, ref: MatrixRef) -> list[Tensor]:
     return [w[start:stop:step] for start, stop, step in ref.rows or ((0, len(w), 1),)]
 
 
-def follow(source: Source, refs: list[MatrixRef], model_class: Any, loaded: Any) -> list[Places]:
-    """Where each claim's numbers are in the loaded model."""
-    state = {tensor.name: torch.zeros(tensor.shape, dtype=torch.float64) for tensor in source.tensors}
-    for index, ref in enumerate(refs):
-        rows, columns = ref.shape
-        down, along = torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64)
-        code = (index + 1) * 2.0**40 + down[:, None] * 2.0**20 + along
-        start = 0
-        for piece in cut(state[ref.name], ref):
-            piece.copy_(code[start : start + len(piece)].reshape(piece.shape))
-            start += len(piece)
-    marked = model_class.from_pretrained(None, config=loaded.config, state_dict=state, dtype=torch.float64)
+def follow(source: Source, refs: list[MatrixRef], model_class: Any, config: Any) -> list[Places]:
+    """Where each claim's numbers are in the loaded model: three checkpoints carry claim, row and column."""
+    marks = []
+    for kind in ("claim", "row", "column"):
+        state = {tensor.name: torch.zeros(tensor.shape) for tensor in source.tensors}
+        for index, ref in enumerate(refs):
+            rows, columns = ref.shape
+            value = {
+                "claim": torch.full((rows, 1), index + 1.0),
+                "row": torch.arange(rows, dtype=torch.float32)[:, None],
+                "column": torch.arange(columns, dtype=torch.float32)[None],
+            }[kind].expand(rows, columns)
+            start = 0
+            for piece in cut(state[ref.name], ref):
+                piece.copy_(value[start : start + len(piece)].reshape(piece.shape))
+                start += len(piece)
+        marks.append(model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32))
+    rows_of, columns_of = (dict(mark.named_parameters()) for mark in marks[1:])
     held: list[Places] = [[] for _ in refs]
-    for name, parameter in marked.named_parameters():
+    for name, parameter in marks[0].named_parameters():
         value = parameter.detach().flatten()
-        where = torch.nonzero((value >= 2.0**40) & (value < (len(refs) + 1) * 2.0**40) & (value % 1 == 0)).flatten()
-        if len(where) == 0:
+        where = torch.nonzero((value >= 1) & (value <= len(refs)) & (value % 1 == 0)).flatten()
+        if len(where) == 0 or parameter.ndim < 2:
             continue
-        number = value[where].long()
-        claim = number >> 40
+        claim = value[where].long()
         order = claim.argsort(stable=True)
-        sizes = torch.bincount(claim, minlength=len(refs) + 1).tolist()
-        for index, piece in enumerate(order.split(sizes)):
+        row, column = rows_of[name].detach().flatten()[where], columns_of[name].detach().flatten()[where]
+        for index, piece in enumerate(order.split(torch.bincount(claim, minlength=len(refs) + 1).tolist())):
             if len(piece):
-                code = number[piece]
-                held[index - 1].append((name, where[piece], (code >> 20) & 0xFFFFF, code & 0xFFFFF))
+                held[index - 1].append((name, where[piece], row[piece].long(), column[piece].long()))
     return held
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmd_hf.weights.adapter import BUILD_ERRORS
 
 
-RUN_ERRORS = (*BUILD_ERRORS, IndexError, ZeroDivisionError, NotImplementedError)
+RUN_ERRORS = (*BUILD_ERRORS, IndexError, ZeroDivisionError, NotImplementedError, UnboundLocalError)
 Inputs = dict[str, Any]
 TEXT = ("input_ids", "decoder_input_ids")
 MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "hidden_states", "past_values",

@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
     "reformer": {"is_decoder": True},
     "esm": {"vocab_size": 33},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 128}),
+    "lfm2_moe": {"layer_types": ["full_attention" if place % 4 == 2 else "conv" for place in range(32)]},
 }
 
 
@@ -63,6 +65,9 @@ def _shrink(values: dict[str, Any], scale: int, layers: bool, ids: dict[int, int
     depth = _depths(values) if layers else {}
     result = {}
     for key, value in values.items():
+        if not isinstance(key, str):
+            result[key] = value
+            continue
         if key in DROPPED or (key == "out_features" and values.get("out_indices")):
             continue
         if isinstance(value, dict):
@@ -71,10 +76,10 @@ def _shrink(values: dict[str, Any], scale: int, layers: bool, ids: dict[int, int
             value = _shrink(value, scale, layers, ids)
         elif isinstance(value, (list, tuple)):
             value = _shrink_list(key, list(value), scale, depth, ids)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = _shrink_number(key, value, scale, depth, ids, values)
         elif key.endswith("glu_limit"):
             value = 1e6  # what is clamped does not scale
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = _shrink_number(key, value, scale, depth, ids, values)
         result[key] = value
     return result if scale == 1 else _fewer_heads(result)
 
@@ -180,13 +185,14 @@ def _token(value: Any, ids: dict[int, int]) -> Any:
 def build(model_type: str, class_name: str) -> Iterator[nn.Module]:
     """Ever larger models of a type, from the smallest that builds; each random, of fewer than 20 M parameters."""
     config_class = CONFIG_MAPPING[model_type]
-    values = config_class(**SETTINGS.get(model_type, {})).to_dict()
+    settings = SETTINGS.get(model_type, {})
+    values = config_class(**settings).to_dict()
     model_class = getattr(transformers, class_name)
     error: BaseException = ValueError("nothing to try")
     built = False
     for scale in SCALES:
         try:
-            config = config_class.from_dict({**shrink(values, scale), **SETTINGS.get(model_type, {})})
+            config = config_class.from_dict(shrink(values, scale))
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in model_class(config).parameters())
             if size > MOST:
@@ -211,7 +217,7 @@ def randomise(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            if name.endswith("bias") or "_bias" in name.rpartition(".")[2] or POSITION.search(name):
+            if "bias" in name.rpartition(".")[2] or POSITION.search(name):
                 parameter.zero_()
             elif parameter.ndim > 1:
                 fan = parameter[0].numel() if parameter.ndim == 2 else max(parameter.shape[-2:])

@@ -175,8 +175,9 @@ def _converted(tensor: TensorRef, guess: Place, target: Target, known: dict[str,
         return guess
     place = known[target.name]
     if len(tensor.shape) == 3 and place.kind.startswith("experts"):
-        same = tuple(tensor.shape) == tuple(module.get_parameter(target.name).shape)
-        turned = (place.kind == "experts_transposed") == same
+        own = tuple(module.get_parameter(target.name).shape)
+        on_disk = tuple(tensor.shape) != own and tensor.shape[1:] == own[:0:-1]
+        turned = (place.kind == "experts_transposed") != on_disk
         guess = replace(place, path=guess.path, kind="experts_transposed" if turned else "experts")
     return replace(guess, inside=place.inside, module=target.name)
 

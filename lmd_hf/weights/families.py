@@ -12,7 +12,7 @@ from lmd_hf.compat import tomllib
 _KEYS = {
     "container": {"class", "word"},
     "role": {"ends", "block", "role", "part"},
-    "fused": {"ends", "models", "when", "blocks", "order", "source"},
+    "fused": {"ends", "models", "when", "blocks", "order", "interleaved", "source"},
     "norm": {"ends", "models", "when", "gain"},
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
@@ -38,10 +38,11 @@ class Role:
 @dataclass(frozen=True)
 class Fused:
     """How a fused matrix is laid out: so many `blocks` of rows, in each of them the parts in `order` (as usual if
-    empty)."""
+    empty); or row by row in turn, if `interleaved`."""
 
     blocks: int | str
     order: tuple[str, ...]
+    interleaved: bool = False
 
 
 class Config:
@@ -118,7 +119,7 @@ def _within(path: str, inside: str) -> str:
 def find_fused(path: str, config: Config, inside: str = "") -> Fused | None:
     """The layout of a fused matrix. Without a model type only the rows that hold for every family count."""
     row = _family_row("fused", path, config) or (inside and _family_row("fused", _within(path, inside), config))
-    return Fused(row["blocks"], tuple(row.get("order", ()))) if row else None
+    return Fused(row["blocks"], tuple(row.get("order", ())), row.get("interleaved", False)) if row else None
 
 
 def find_norm_paths(path: str, config: Config, places: dict[str, str]) -> list[str]:
