@@ -3,10 +3,10 @@
 The model is saved, opened and listed like any other. Then transformers itself loads a checkpoint of the same names in
 which every number says which claimed matrix it belongs to, and where in it (row, column): that follows each claim into
 the parameters that compute, whatever is renamed, merged, cut or turned on the way. Scores are q·k, so q × c with k / c
-changes no output; nor does v × c with o / c, nor up × c with down / c where the MLP is gated or has ReLU (an MLP without
-a gate is given ReLU for this). Where the sizes allow, every row of v and up has a c of its own. All c are powers of two:
-floating point adds nothing. A pair counts only if one half alone does change the output. Biases are zero. What the
-output does not feel is counted by reason, never as passed.
+changes no output; nor does v × c with o / c, nor up × c with down / c where the MLP is gated or has ReLU (an MLP
+without a gate is given ReLU for this). Where the sizes allow, every row of v and up has a c of its own. All c are
+powers of two: floating point adds nothing. A pair counts only if each half alone does change the output. Biases are
+zero. What the output does not feel is counted by reason, never as passed.
 """
 
 import math
@@ -57,6 +57,12 @@ UNFIT = (
     ("OpenAIPrivacyFilterExperts", "up", "the product is (up + 1) × gate"),
     ("MiniMaxM3VL", "up", "the product is (up + 1) × gate"),
     ("ConvBert", "qk vo", "queries and keys also make a convolution, whose output is joined to that of the values"),
+    ("DeltaAttention", "qk vo", "linear attention: an activation stands between"),
+    ("LinearAttention", "qk vo", "linear attention: an activation stands between"),
+    ("LightningAttention", "qk vo", "linear attention: an activation stands between"),
+    ("Inkling2", "qk", "queries are clipped to a length"),
+    ("Inkling2Experts", "up", "a soft cap stands between"),
+    ("Zaya", "qk", "a convolution mixes queries and keys"),
     ("DogeAttention", "vo", "the values also make the mask"),
 )
 
@@ -90,7 +96,9 @@ def judge_forward(model: nn.Module) -> Outcome:
         refs = [ref for ref in list_matrices(source).selected if ref.block in (*ATTENTION, *MLP)]
         held = follow(source, refs, model_class, loaded.config)
         for index in unlike(source, refs, held, loaded):
-            outcome.failed.append(f"{refs[index].name} {refs[index].part} is not what is computed with".replace("  ", " "))
+            outcome.failed.append(
+                f"{refs[index].name} {refs[index].part} is not what is computed with".replace("  ", " ")
+            )
     outcome.matrices = len(refs)
     sites = pair_up(refs, outcome)
     for site in sites:
@@ -219,11 +227,10 @@ def above(ref: MatrixRef) -> list[str]:
     numbers = [place for place, piece in enumerate(pieces) if piece.isdigit()]
     first = numbers[0] + 1 if numbers and ref.layer is not None else 1
     paths = [".".join(pieces[:count]) for count in range(first, len(pieces))]
-    if ref.rows:
+    if ref.rows and ref.expert is None:
         paths.append(ref.name)
     if ref.expert is not None:
-        paths = [f"{paths[-1]}.{ref.expert}"] if ref.rows else [f"{path}.{ref.expert}" for path in paths[-1:]]
-        paths = [f"{ref.name.rpartition('.')[0]}.{ref.expert}"]
+        paths.append(f"{ref.name.removesuffix('.weight').rpartition('.')[0]}.expert.{ref.expert}")
     return paths
 
 
@@ -244,12 +251,16 @@ def inside(entry: str, node: str) -> bool:
 
 
 def make_relu(module: nn.Module) -> bool:
-    """Give the MLP in `module` the one activation for which a scale passes through; `False` if it has none to change."""
+    """Give the MLP in `module` the one activation that a scale passes through; `False` if it has none to change."""
     changed = False
     for owner in module.modules():
         for name, value in list(vars(owner).items()) + list(owner.named_children()):
             kind = type(value).__module__
-            if isinstance(value, nn.Module) and re.search(r"activation", kind) and not isinstance(value, nn.Softmax | nn.MultiheadAttention):
+            if (
+                isinstance(value, nn.Module)
+                and re.search(r"activation", kind)
+                and not isinstance(value, nn.Softmax | nn.MultiheadAttention)
+            ):
                 setattr(owner, name, nn.ReLU())
                 changed = True
             elif "act" in name and callable(value) and not isinstance(value, nn.Module):
@@ -283,7 +294,10 @@ def entries(model: Any, sites: list[Site], waiting: list[int]) -> Iterator[tuple
             if path in tried or index not in waiting:
                 continue
             tried.add(path)
-            for inputs in alone(model.get_submodule(path), model):
+            module = model.get_submodule(path)
+            if not any(module.children()) or re.search("qkv", type(module).__name__, re.IGNORECASE):
+                continue  # it has no product in it
+            for inputs in alone(module):
                 yield path, inputs, False
                 if index not in waiting:
                     break

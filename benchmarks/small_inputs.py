@@ -31,15 +31,16 @@ def whole(model: Any) -> Iterator[Inputs]:
                 return
 
 
-def runs(module: nn.Module, inputs: Inputs) -> bool:
-    """Whether the module takes these inputs and gives some number back."""
+def runs(module: nn.Module, inputs: Inputs, flow: Tensor | None = None) -> bool:
+    """Whether the module takes these inputs, and what comes out has the form of `flow` but for its width."""
     torch.manual_seed(2)
     try:
         with torch.no_grad():
-            module(**inputs)
+            output = module(**inputs)
     except RUN_ERRORS:
         return False
-    return True
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return flow is None or (isinstance(first, Tensor) and first.shape[:-1] == flow.shape[:-1])
 
 
 def candidates(model: Any, names: Any) -> Iterator[Inputs]:
@@ -156,7 +157,7 @@ def values(name: str, config: Any) -> Iterator[Tensor]:
         yield noise(1, length)
 
 
-def alone(module: nn.Module, model: Any) -> Iterator[Inputs]:
+def alone(module: nn.Module) -> Iterator[Inputs]:
     """Inputs for a layer or a part of it: hidden states of the width of its first matrix."""
     widths = []
     for child in module.modules():
@@ -167,13 +168,15 @@ def alone(module: nn.Module, model: Any) -> Iterator[Inputs]:
             widths.append(weight.shape[0])
     parameters = inspect.signature(module.forward).parameters
     asked = [
-        name for name, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     size = next((child.head_dim for child in module.modules() if isinstance(getattr(child, "head_dim", None), int)), 0)
     turns = noise(1, 8, size or 2)
     for width in list(dict.fromkeys(widths))[:4]:
-        for shape in ((1, 8, width), (8, width)):
-            if len(shape) == 3 and "cu_seqlens" in parameters:
+        for shape in ((1, 8, width), (8, width), (1, 4, 4, width)):
+            if len(shape) != 2 and "cu_seqlens" in parameters:
                 continue
             flow = noise(*shape)
             inputs: Inputs = {}
@@ -190,6 +193,5 @@ def alone(module: nn.Module, model: Any) -> Iterator[Inputs]:
                 inputs["position_embeddings"] = (turns.cos(), turns.sin())
             if "encoder_hidden_states" in parameters:
                 inputs["encoder_hidden_states"] = flow
-            if runs(module, inputs):
+            if runs(module, inputs, flow):
                 yield inputs
-                inputs = {**inputs}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lmd_hf.weights.adapter import BUILD_ERRORS
@@ -42,15 +42,17 @@ NOT_WIDTH = re.compile(
     r"features)|act|mult|ratio|expan|drop|n_embeddings|indices|index|positions?$|audio_channels|in_chans|rope_dim$|type"
 )
 EXPERTS = re.compile(r"(?:moe_|n_|num_)+(?:local_|routed_|total_)?experts|expert_num|encoder_experts")
-TOKENS = re.compile(r"\w*(?:token|eos|bos|pad|sep|cls|mask|blank|unk)(?:_token)?_(?:id|idx|ids|index)s?|\w+_token_index")
+TOKENS = re.compile(
+    r"\w*(?:token|eos|bos|pad|sep|cls|mask|blank|unk)(?:_token)?_(?:id|idx|ids|index)s?|\w+_token_index"
+)
 BUILD = (*BUILD_ERRORS, ZeroDivisionError, IndexError)
 DROPPED = ("architectures", "id2label", "label2id", "stage_names", "transformers_version", "_name_or_path")
 # settings that have no default, or whose default asks for a package that is not needed otherwise
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
+    **{name: {"prediction_length": 4} for name in ("autoformer", "informer", "time_series_transformer")},
     "reformer": {"is_decoder": True},
     "esm": {"vocab_size": 33},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 128}),
+    **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
     "lfm2_moe": {"layer_types": ["full_attention" if place % 4 == 2 else "conv" for place in range(32)]},
 }
 
@@ -86,9 +88,17 @@ def _shrink(values: dict[str, Any], scale: int, layers: bool, ids: dict[int, int
 
 def _fewer_heads(values: dict[str, Any]) -> dict[str, Any]:
     """Fewer heads where they would be narrower than eight numbers, as rotations in two dimensions need."""
-    for stem, width_key in (("num_attention_heads", "hidden_size"), ("num_heads", "embed_dim"), ("num_heads", "hidden_size")):
+    for stem, width_key in (
+        ("num_attention_heads", "hidden_size"),
+        ("num_heads", "embed_dim"),
+        ("num_heads", "hidden_size"),
+    ):
         heads, width = values.get(stem), values.get(width_key)
-        if not (isinstance(heads, int) and isinstance(width, int)) or values.get("head_dim") or (width / heads) % 8 == 0:
+        if (
+            not (isinstance(heads, int) and isinstance(width, int))
+            or values.get("head_dim")
+            or (width / heads) % 8 == 0
+        ):
             continue
         fewer = next((h for h in range(heads, 0, -1) if heads % h == 0 and width % (8 * h) == 0), heads)
         for key in ("num_key_value_heads", "num_kv_heads"):
@@ -124,7 +134,9 @@ def _depths(values: dict[str, Any]) -> dict[int, int]:
 def _are_places(key: str, values: list[Any]) -> bool:
     """Whether a list counts layers: `out_indices`, `deepstack_visual_indexes` …"""
     numbers = all(isinstance(value, int) for value in values) or all(re.fullmatch(r"stage\d+", str(v)) for v in values)
-    named = re.search(r"ind(?:ex|ic)es|out_features|fusion_layers|cross_attention_layers|_layer_ids|_blocks$|_layers$", key)
+    named = re.search(
+        r"ind(?:ex|ic)es|out_features|fusion_layers|cross_attention_layers|_layer_ids|_blocks$|_layers$", key
+    )
     return bool(values) and numbers and bool(named)
 
 
@@ -136,7 +148,9 @@ def _shrink_list(key: str, values: list[Any], scale: int, depth: dict[int, int],
         return [_shrink(value, scale, bool(depth), ids) for value in values]
     if TOKENS.fullmatch(key):
         return [_token(value, ids) for value in values]
-    if key in ("depths", "blocks_per_stage", "layers_per_stage", "num_layers") and all(isinstance(v, int) for v in values):
+    if key in ("depths", "blocks_per_stage", "layers_per_stage", "num_layers") and all(
+        isinstance(v, int) for v in values
+    ):
         return [min(value, 2) for value in values]
     if depth and _are_places(key, values):
         kept = max(depth.values())
