@@ -29,9 +29,9 @@ from typing import Any
 import torch
 import transformers
 from forward_pass import Outcome, judge_forward
-from huggingface_hub.utils import tqdm
 from tiny_models import BUILD, MOST, SETTINGS, build
 from torch import nn
+from tqdm import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
