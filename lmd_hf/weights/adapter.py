@@ -10,7 +10,7 @@ from torch import nn
 
 from lmd_hf.compat import Target, checkpoint_key_map
 from lmd_hf.records import TensorRef
-from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_role
+from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,7 +26,7 @@ BUILD_ERRORS = (
 class Place:
     """Where a stored tensor goes. `path` is the module's (without `.weight`); `kind` is one of `linear`, `conv1d`
     (transformers' transposed linear), `conv`, `conv_transposed`, `embedding`, `experts`, `experts_transposed`,
-    `vector`, `buffer`, `ignored` (the model class drops it when loading) and `parameter` (anything else). `inside` is
+    `flat`, `flat_transposed` (three axes that are one matrix), `vector`, `buffer`, `ignored` (the model class drops it when loading) and `parameter` (anything else). `inside` is
     the word for the class of the module that holds it: `attention`, `mlp` …, "" if that says nothing. `pieces` are the
     paths that transformers cuts it into along its first axis. `module` is where it ends up, if its own name does not
     say so."""
@@ -157,6 +157,8 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, conf
         turned = getattr(owner, "is_transposed", False) or family_fact("experts_transposed", config)
         stem = path if name == "weight" else full
         return Place(stem, "experts_transposed" if turned else "experts", not getattr(owner, "is_concatenated", True))
+    if parameter.ndim == 3 and (turned := find_flat(full, config)) is not None:
+        return Place(full, "flat_transposed" if turned else "flat")
     if parameter.ndim == 2 and name == "weight":  # nn.Linear, and routers that hold a weight of their own
         return Place(path, "linear")
     if parameter.ndim == 2 and name == "in_proj_weight":

@@ -174,7 +174,8 @@ def _matrices(tensor: TensorRef, place: Place, context: _Context) -> list[Matrix
     if place.kind == "parameter":
         return _bare_parameter(tensor, place, context)
     stacked = place.kind in ("experts", "experts_transposed")
-    if not stacked and len(tensor.shape) != 2 and role.role != "conv":
+    flat = place.kind in ("flat", "flat_transposed")
+    if not (stacked or flat) and len(tensor.shape) != 2 and role.role != "conv":
         return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
     base, config = _base(tensor, place, role, context), context.config(place.module or path)
     if place.pieces and tensor.shape[0] % len(place.pieces) == 0:
@@ -229,7 +230,7 @@ def _bare_parameter(tensor: TensorRef, place: Place, context: _Context) -> list[
 
 def _base(tensor: TensorRef, place: Place, role: Role, context: _Context) -> MatrixRef:
     """The whole stored matrix (of one expert): y = W·x with W of shape (out, in), whatever the order on disk."""
-    transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed")
+    transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed", "flat_transposed")
     sizes = tensor.shape[1:] if place.kind.startswith("experts") else tensor.shape
     stored = (sizes[0], math.prod(sizes[1:]))
     where = place.module or place.path
