@@ -10,7 +10,7 @@ from torch import nn
 
 from lmd_hf.compat import Target, checkpoint_key_map
 from lmd_hf.records import Weight
-from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_role
+from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,7 +29,7 @@ _NORMED = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1|weight_v)
 class Place:
     """Where a stored tensor goes. `path` is the module's (without `.weight`); `kind` is one of `linear`, `conv1d`
     (transformers' transposed linear), `conv`, `conv_transposed`, `embedding`, `experts`, `experts_transposed`,
-    `vector`, `buffer`, `ignored` (the model class drops it when loading) and `parameter` (anything else). `inside` is
+    `flat`, `flat_transposed` (three axes that are one matrix), `vector`, `buffer`, `ignored` (the model class drops it when loading) and `parameter` (anything else). `inside` is
     the word for the class of the module that holds it: `attention`, `mlp` …, "" if that says nothing. `pieces` are the
     paths that transformers cuts it into along its first axis. `module` is where it ends up, if its own name does not
     say so."""
@@ -168,6 +168,8 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, conf
         turned = getattr(owner, "is_transposed", False) or family_fact("experts_transposed", config)
         stem = path if name == "weight" else full
         return Place(stem, "experts_transposed" if turned else "experts", not getattr(owner, "is_concatenated", True))
+    if parameter.ndim == 3 and (turned := find_flat(full, config)) is not None:
+        return Place(full, "flat_transposed" if turned else "flat")
     if parameter.ndim == 2 and name == "weight":  # nn.Linear, and routers that hold a weight of their own
         return Place(path, "linear")
     if parameter.ndim == 2 and name == "in_proj_weight":
@@ -186,8 +188,9 @@ def _converted(weight: Weight, guess: Place, target: Target, known: dict[str, Pl
         return guess
     place = known[target.name]
     if len(weight.shape) == 3 and place.kind.startswith("experts"):
-        same = tuple(weight.shape) == tuple(module.get_parameter(target.name).shape)
-        turned = (place.kind == "experts_transposed") == same
+        own = tuple(module.get_parameter(target.name).shape)
+        on_disk = tuple(weight.shape) != own and weight.shape[1:] == own[:0:-1]
+        turned = (place.kind == "experts_transposed") != on_disk
         guess = replace(place, path=guess.path, kind="experts_transposed" if turned else "experts")
     return replace(guess, inside=place.inside, module=target.name)
 

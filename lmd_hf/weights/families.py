@@ -12,7 +12,8 @@ from lmd_hf.compat import tomllib
 _KEYS = {
     "container": {"class", "word"},
     "role": {"ends", "block", "role", "part"},
-    "fused": {"ends", "models", "when", "blocks", "order", "source"},
+    "fused": {"ends", "models", "when", "blocks", "order", "interleaved", "source"},
+    "flat": {"ends", "models", "transposed", "source"},
     "norm": {"ends", "models", "when", "gain"},
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
@@ -38,10 +39,11 @@ class Role:
 @dataclass(frozen=True)
 class Fused:
     """How a fused matrix is laid out: so many `blocks` of rows, in each of them the parts in `order` (as usual if
-    empty)."""
+    empty); or row by row in turn, if `interleaved`."""
 
     blocks: int | str
     order: tuple[str, ...]
+    interleaved: bool = False
 
 
 class Config:
@@ -75,7 +77,7 @@ def _table() -> dict[str, Any]:
     table = tomllib.loads(text)
     check_table(table)
     words = table["words"]
-    for kind in ("role", "fused", "norm"):
+    for kind in ("role", "fused", "flat", "norm"):
         for row in table[kind]:
             pattern = re.sub(r"\{([A-Z_]+)\}", lambda m: words[m.group(1)], row["ends"])
             row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear)?$")  # a linear layer may be wrapped
@@ -118,7 +120,13 @@ def _within(path: str, inside: str) -> str:
 def find_fused(path: str, config: Config, inside: str = "") -> Fused | None:
     """The layout of a fused matrix. Without a model type only the rows that hold for every family count."""
     row = _family_row("fused", path, config) or (inside and _family_row("fused", _within(path, inside), config))
-    return Fused(row["blocks"], tuple(row.get("order", ()))) if row else None
+    return Fused(row["blocks"], tuple(row.get("order", ())), row.get("interleaved", False)) if row else None
+
+
+def find_flat(path: str, config: Config) -> bool | None:
+    """Whether a tensor of three axes, read as a matrix (first, all others), is W turned round; `None`: no matrix."""
+    row = _family_row("flat", path, config)
+    return row["transposed"] if row else None
 
 
 def find_norm_paths(path: str, config: Config, places: dict[str, str]) -> list[str]:

@@ -189,7 +189,8 @@ def _matrices(weight: Weight, place: Place, context: _Context) -> list[MatrixRef
     if place.kind == "parameter":
         return _bare_parameter(weight, place, context)
     stacked = place.kind in ("experts", "experts_transposed")
-    if not stacked and len(weight.shape) != 2 and role.role != "conv":
+    flat = place.kind in ("flat", "flat_transposed")
+    if not (stacked or flat) and len(weight.shape) != 2 and role.role != "conv":
         return _skip(weight, f"a tensor of {len(weight.shape)} axes with no rule to read it")
     base, config = _base(weight, place, role, context), context.config(place.module or path)
     if place.pieces and weight.shape[0] % len(place.pieces) == 0:
@@ -197,6 +198,9 @@ def _matrices(weight: Weight, place: Place, context: _Context) -> list[MatrixRef
     if role.role == "k_v" and find_fused(path, config, place.inside) is None:
         role = Role(role.block, "kv")  # one matrix that serves as both
         base = replace(base, role="kv")
+    if role.role == "up" and find_fused(path, config, place.inside) is not None:
+        role = Role(role.block, "gate_up")  # by its name a plain one, but a row says that both are in it
+        base = replace(base, role="gate_up")
     if not role.parts:
         if role.role == "other" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
             return _skip(weight, _no_rule(weight, config))
@@ -217,7 +221,8 @@ def _pieces(whole: MatrixRef, place: Place, context: _Context) -> list[MatrixRef
     rows = whole.shape[0] // len(place.pieces)
     refs = []
     for index, path in enumerate(place.pieces):
-        role = find_role(path) or OTHER
+        beside = f"{place.path.rpartition('.')[0]}.{path.rpartition('.')[2]}"  # the converter may name but the leaf
+        role = find_role(path) or find_role(beside) or OTHER
         part = role.role if role is not OTHER else path.rsplit(".", 1)[-1]
         ref = _part(whole, part, ((index * rows, (index + 1) * rows, 1),))
         ref = replace(ref, block=role.block, role=role.role)
@@ -241,7 +246,7 @@ def _bare_parameter(weight: Weight, place: Place, context: _Context) -> list[Mat
 
 def _base(weight: Weight, place: Place, role: Role, context: _Context) -> MatrixRef:
     """The whole stored matrix (of one expert): y = W·x with W of shape (out, in), whatever the order on disk."""
-    transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed")
+    transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed", "flat_transposed")
     sizes = weight.shape[1:] if place.kind.startswith("experts") else weight.shape
     stored = (sizes[0], math.prod(sizes[1:]))
     where = place.module or place.path
@@ -275,9 +280,9 @@ Ranges = tuple[tuple[int, int, int], ...]
 def _part_rows(shape: tuple[int, int], place: Place, role: Role, config: Config) -> dict[str, Ranges] | None:
     """Row slices of each part of a fused matrix (out, in); `None` where no rule says how it is laid out."""
     out = shape[0]
-    if place.interleaved:
-        return {part: ((start, out, len(role.parts)),) for start, part in enumerate(role.parts)}
     fused = find_fused(place.path, config, place.inside)
+    if place.interleaved or (fused is not None and fused.interleaved):
+        return {part: ((start, out, len(role.parts)),) for start, part in enumerate(role.parts)}
     if fused is None:
         return None
     sizes = _part_sizes(out, role, fused, config)
@@ -346,11 +351,13 @@ def _finish_mlps(refs: list[MatrixRef], context: _Context) -> list[MatrixRef]:
     """Add activation and gating, which depend on the siblings: a `gate` without an `up` beside it is a plain `up`."""
     siblings: dict[tuple[str, str], set[str]] = {}
     for ref in refs:
-        siblings.setdefault(_mlp_key(ref), set()).add(ref.role)
+        for key in _mlp_keys(ref):
+            siblings.setdefault(key, set()).add(ref.role)
     result = []
     for ref in refs:
         if ref.block in ("mlp", "moe") and ref.role in ("gate", "up", "down"):
-            roles = siblings[_mlp_key(ref)]
+            near, wide = (siblings[key] for key in _mlp_keys(ref))
+            roles = near if "down" in near and near & {"gate", "up"} else wide
             if ref.role == "gate" and "up" not in roles:
                 ref = replace(ref, role="up")
             path = context.tree.places[context.weight_of[ref.name]].path
@@ -362,7 +369,8 @@ def _finish_mlps(refs: list[MatrixRef], context: _Context) -> list[MatrixRef]:
     return result
 
 
-def _mlp_key(ref: MatrixRef) -> tuple[str, str]:
-    """What the matrices of one MLP share: their layer's path and, among experts, the expert's."""
+def _mlp_keys(ref: MatrixRef) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What the matrices of one MLP share: the module around them or, where each stands in one of its own, the layer."""
     split = re.match(r"^(.*\.\d+)\.", ref.name)
-    return (split.group(1) if split else ref.stack, ref.block)
+    module = ref.name.removesuffix(".weight").rpartition(".")[0]
+    return (f"module {module}", ref.block), (split.group(1) if split else ref.stack, ref.block)
