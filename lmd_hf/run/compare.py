@@ -1,8 +1,10 @@
 """Comparing two models: one pair of matrices at a time in each worker, and never a whole model."""
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import as_completed
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,20 +56,22 @@ def compare_all(
 
 def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device) -> MatrixChange | Unmatched:
     rows, columns = pair.shape
+    sides = (("base", base, pair.base), ("tuned", tuned, pair.tuned))
     matrices: list[Tensor] = []
-    for side, source, ref in (("base", base, pair.base), ("tuned", tuned, pair.tuned)):
+    for side, source, ref in sides:
         try:
-            w = read_matrix(source, ref)[:rows, :columns].to(device)
+            matrices.append(read_matrix(source, ref)[:rows, :columns].to(device))
         except NoDataError as error:
             return Unmatched(side, ref.name, ref.part, ref.shape, str(error))
-        if reason := _not_finite(w):
-            return Unmatched(side, ref.name, ref.part, ref.shape, reason)
-        matrices.append(w)
     roundoffs = (STORED_ROUNDOFF[pair.base.dtype], STORED_ROUNDOFF[pair.tuned.dtype])
-    return _to_row(pair, *measure_change(matrices[0], matrices[1], roundoffs))
+    try:
+        return _to_row(pair, *measure_change(matrices[0], matrices[1], roundoffs))
+    except ValueError:  # NaN or infinity
+        side, ref, reason = next((s, r, why) for (s, _, r), w in zip(sides, matrices, strict=True) if (why := _bad(w)))
+        return Unmatched(side, ref.name, ref.part, ref.shape, reason)
 
 
-def _not_finite(w: Tensor) -> str:
+def _bad(w: Tensor) -> str:
     """Why these numbers cannot be compared, "" if they can."""
     bad = int(w.numel() - torch.isfinite(w).sum().item())
     return f"holds NaN or infinity ({bad} of {w.numel()} entries)" if bad else ""
@@ -133,14 +137,15 @@ def _compare_vector(a: TensorRef, b: TensorRef, base: Source, tuned: Source) -> 
     for side, source, tensor in (("base", base, a), ("tuned", tuned, b)):
         if tensor.dtype not in STORED_ROUNDOFF:
             return Unmatched(side, tensor.name, "", tensor.shape, f"a vector stored as {tensor.dtype}")
+        flat = replace(tensor, shape=(math.prod(tensor.shape),))  # a scalar has no axis to read along
         try:
-            value = source.read(tensor).to("cpu", torch.float64)
+            value = source.read(flat).to("cpu", torch.float64)
         except NoDataError as error:
             return Unmatched(side, tensor.name, "", tensor.shape, str(error))
-        if reason := _not_finite(value):
+        if reason := _bad(value):
             return Unmatched(side, tensor.name, "", tensor.shape, reason)
         values.append(value)
     change, size = values[1] - values[0], float(values[0].norm())
-    largest = float(change.abs().max()) if change.numel() else 0.0
+    largest = float(change.abs().max())
     relative = 0.0 if largest == 0 else float(change.norm()) / size if size > 0 else None
     return VectorChange(a.name, b.name, a.shape, largest, relative)
