@@ -67,8 +67,7 @@ def headlines(comparison: "Comparison") -> list[str]:
     same = sum(matrix.identical for matrix in matrices)
     lines = [
         f"{len(matrices)} matrices and {len(vectors)} vectors compared: {coverage['compared']:,} of "
-        f"{coverage['parameters']:,} parameters of the base ({percent(coverage['fraction'])}); "
-        f"{same} matrices are identical"
+        f"{coverage['parameters']:,} parameters of the base ({percent(coverage['fraction'])}); identical: {same}"
     ]
     if matrices:
         lines.append(f"change as a whole: ‖ΔW‖ is {share(total_change(comparison))} of ‖W‖, over all matrices")
