@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
     )
-    card = commands.add_parser("card", parents=[model], help="the model-card section, of a model or of a report.json")
+    card = commands.add_parser(
+        "card", parents=[model], help="the model-card section, of a model, a report.json or a compare.json"
+    )
     card.set_defaults(run=_card)
     return parser
 
@@ -217,14 +219,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    _begin(options)
-    path = Path(options.model)
-    if path.suffix == ".json" or (path / "report.json").is_file():
-        from lmd_hf.report.report import Report
+    from lmd_hf.report.files import read_saved
 
-        text = Report.load(path).card()
-    else:
-        text = _run_analysis(options).card()
+    _begin(options)
+    text = (read_saved(Path(options.model)) or _run_analysis(options)).card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
 
 

@@ -95,6 +95,13 @@ def test_compare_prints_a_table_and_writes_files(capsys, save, tmp_path):
     assert all(name in err for name in written)
 
 
+def test_card_of_a_comparison_is_the_one_that_was_written(capsys, save, tmp_path):
+    call(capsys, "compare", save("llama"), save("llama"), "-q", "--out", tmp_path)
+    for where in (tmp_path, tmp_path / "compare.json"):
+        code, out, _ = call(capsys, "card", where)
+        assert (code, out) == (0, (tmp_path / "card.md").read_text())
+
+
 def test_compare_as_json_is_the_comparison_and_nothing_else(capsys, save):
     selection = ("--roles", "q,k", "--layers", "-1", "--match", "model.*", "--device", "cpu")
     code, out, _ = call(capsys, "compare", save("llama"), save("llama"), "--json", *selection)

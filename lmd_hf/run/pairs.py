@@ -43,7 +43,7 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
         for p in found
         if wanted(p.base) and not (p.base.name in ties[0] and p.tuned.name in ties[1])
     ]
-    if (base.selected or tuned.selected) and not any(wanted(ref) for ref in left.values()):
+    if base.selected and not any(wanted(ref) for ref in left.values()):
         raise nothing_left(settings)
     paired = ({(p.base.name, p.base.part) for p in found}, {(p.tuned.name, p.tuned.part) for p in found})
     alone = [
@@ -128,16 +128,8 @@ def _by_name(left: Refs, right: Refs, renaming: tuple[str, str], fits: Fits) -> 
     old, new = renaming
     for (name, part), a in left.items():
         b = right.get((new + name.removeprefix(old), part)) if name.startswith(old) else None
-        if b is not None and (b := _laid_out_as(a, b)) and fits(a, b) and (old == new or _agree(a, b)):
+        if b is not None and fits(a, b) and (old == new or _agree(a, b)):
             yield a, b
-
-
-def _laid_out_as(a: MatrixRef, b: MatrixRef) -> MatrixRef:
-    """`b` turned the way that `a` is read, if their tensors are stored in one shape: one of them may lack the
-    configuration that says how its matrices are stored."""
-    if a.transposed == b.transposed or a.rows or b.rows or a.tensors[0].shape != b.tensors[0].shape:
-        return b
-    return replace(b, transposed=a.transposed, shape=b.shape[::-1])
 
 
 def _agree(a: MatrixRef, b: MatrixRef) -> bool:

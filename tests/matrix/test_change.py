@@ -178,3 +178,12 @@ def test_nan_and_infinity_raise(build, bad, side):
     pair[side][2, 1] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
         measure_change(*pair, PAIR)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpu_gives_the_same_numbers(build, shape):
+    w, t = build(*shape), build(*shape) + low_rank(*shape, [0.4, 0.2])
+    (update, drift), (there, moved) = measure_change(w, t, PAIR), measure_change(w.cuda(), t.cuda(), PAIR)
+    np.testing.assert_allclose(there.singular_values, update.singular_values, atol=1e-12)
+    assert vars(moved) == pytest.approx(vars(drift), rel=1e-9)
