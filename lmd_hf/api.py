@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import tqdm
 
-from lmd_hf.errors import SettingsError
-from lmd_hf.records import Pair, Plan, Settings, Work
+from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.records import MatrixRef, Pair, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
-from lmd_hf.run.execute import Ahead, execute, head_start
+from lmd_hf.run.execute import HeadStart, execute, head_start
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
-from lmd_hf.weights.source import Source, open_source
+from lmd_hf.weights.source import FileSource, Source, open_source
 
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def analyze(
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
+    download: bool = False,
     metric: str = "identity",
     kernel: str = "auto",
     roles: tuple[str, ...] = (),
@@ -48,13 +49,14 @@ def analyze(
     """Decompose every weight matrix of a model and return the report.
 
     `model` is a folder in Hub layout, a `.safetensors` file, a Hub id or a live module; weights are read one tensor at
-    a time and the model is never built with real memory. The keywords after `token` are the fields of `Settings`.
-    Every stored parameter is accounted for: decomposed, or skipped with its reason. Raises `SourceError`,
-    `FormatError` or `SettingsError`, each with its remedy.
+    a time and the model is never built with real memory. Of a Hub id only the tensors that are selected are fetched,
+    and not kept; `download` keeps whole files in the cache. The keywords after it are the fields of `Settings`.
+    Every stored parameter is accounted for: decomposed, or skipped with its reason; what could not be read to the end
+    is in `report.unread`. Raises `SourceError`, `FormatError` or `SettingsError`, each with its remedy.
     """
     settings = Settings(metric, kernel, tuple(roles), layers, match, device)
     started = time.perf_counter()
-    source = open_source(model, revision=revision, subfolder=subfolder, token=token)
+    source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download)
     opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:
@@ -69,7 +71,10 @@ def analyze(
         background.shutdown(wait=False, cancel_futures=True)
     timing = {"open": opened - started, "plan": planned - opened, **results.timing}
     timing["total"] = time.perf_counter() - started
-    return build_report(hashed, todo, replace(results, timing=timing))
+    report = build_report(hashed, todo, replace(results, timing=timing))
+    if report.unread and not report.matrices:
+        raise SourceError(f"none of the {len(report.unread)} matrices {report.unread[0].reason}")
+    return report
 
 
 def plan(
@@ -99,7 +104,8 @@ def compare(
 
     Matrices are paired by name, across prefixes, fused and split projections, tied heads and resized vocabularies; what
     has no partner is listed with its reason. Models are named as for `analyze`; one pair is in memory at a time in each
-    worker. Of `settings`, roles, layers, match and device apply. Raises what `analyze` does.
+    worker. Of `settings`, roles, layers, match and device apply. What could not be read to the end is in
+    `comparison.unread`. Raises what `analyze` does.
     """
     settings = settings or Settings()
     started = time.perf_counter()
@@ -119,20 +125,31 @@ def compare(
         background.shutdown(wait=False, cancel_futures=True)
     timing = {"open": opened - started, "plan": planned - opened, **changes.timing}
     timing["total"] = time.perf_counter() - started
-    return build_comparison(*hashed, settings, matching, replace(changes, timing=timing))
+    comparison = build_comparison(*hashed, settings, matching, replace(changes, timing=timing))
+    if comparison.unread and not comparison.matrices:
+        raise SourceError(f"none of the {len(matching.pairs)} pairs could be compared: {comparison.unread[0].reason}")
+    return comparison
 
 
 _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}
 
 
-def _ahead(source: Source, settings: Settings) -> AbstractContextManager[Ahead]:
+def _ahead(source: Source, settings: Settings) -> AbstractContextManager[HeadStart | None]:
     """The matrices that names alone reveal, under way. A live module needs none: its libraries are imported."""
-    if source.module is not None:
-        return nullcontext({})
+    if source.module is not None or settings.metric != "identity":
+        return nullcontext()
     try:
-        return head_start(make_plan(list_by_name(source), source.identity, settings), source)
+        inventory = list_by_name(source)
+        if isinstance(source, FileSource) and source.connection is not None:
+            inventory = replace(inventory, selected=tuple(filter(_is_certain, inventory.selected)))
+        return head_start(make_plan(inventory, source.identity, settings), source)
     except SettingsError:  # names alone may miss what was selected; the final plan decides
-        return nullcontext({})
+        return nullcontext()
+
+
+def _is_certain(ref: MatrixRef) -> bool:
+    """Whether the name alone tells role and cut for sure, so that bytes may be fetched before the plan is final."""
+    return ref.block != "" and ref.layer is not None and not ref.rows and ref.expert is None and len(ref.tensors) == 1
 
 
 def _advance(bar: tqdm, works: Iterable[Work | Pair]) -> Callable[[Work | Pair], None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lmd_hf import __version__
-from lmd_hf.errors import LmdError, OutputError
+from lmd_hf.errors import LmdError, OutputError, SourceError
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -81,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     plan = commands.add_parser("plan", parents=[model], help="what would be done, from headers alone")
     plan.set_defaults(run=_plan)
-    analyze = commands.add_parser("analyze", parents=[model, written], help="decompose every matrix of a model")
+    fetched = argparse.ArgumentParser(add_help=False)
+    fetched.add_argument("--download", action="store_true", help="keep whole weight files in the Hub's cache")
+    analyze = commands.add_parser(
+        "analyze", parents=[model, fetched, written], help="decompose every matrix of a model"
+    )
     analyze.set_defaults(run=_analyze)
     compare = commands.add_parser("compare", parents=[common], help="what changed from one model to another")
     compare.set_defaults(run=_compare)
@@ -94,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
     )
     card = commands.add_parser(
-        "card", parents=[model], help="the model-card section, of a model, a report.json or a compare.json"
+        "card", parents=[model, fetched], help="the model-card section, of a model, a report.json or a compare.json"
     )
     card.set_defaults(run=_card)
     return parser
@@ -151,7 +155,8 @@ def _analyze(options: argparse.Namespace) -> None:
 def _run_analysis(options: argparse.Namespace) -> Any:
     from lmd_hf.api import analyze
 
-    return analyze(options.model, revision=options.revision, subfolder=options.subfolder, **_chosen_settings(options))
+    where = {name: getattr(options, name) for name in ("revision", "subfolder", "download")}
+    return analyze(options.model, **where, **_chosen_settings(options))
 
 
 def _finish(report: Any, options: argparse.Namespace) -> None:
@@ -179,6 +184,13 @@ def _show(report: Any, options: argparse.Namespace) -> None:
         print(report.to_json(), end="")
     elif not options.quiet:
         print(f"{report.table()}\n\n{report.summary()}")
+    _check_complete(report)
+
+
+def _check_complete(report: Any) -> None:
+    """What is there has been printed; that some is missing ends the command with an error all the same."""
+    if report.unread:
+        raise SourceError(f"{len(report.unread)} matrices {report.unread[0].reason}; the report has the others")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -222,8 +234,10 @@ def _card(options: argparse.Namespace) -> None:
     from lmd_hf.report.files import read_saved
 
     _begin(options)
-    text = (read_saved(Path(options.model)) or _run_analysis(options)).card()
+    report = read_saved(Path(options.model)) or _run_analysis(options)
+    text = report.card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
+    _check_complete(report)
 
 
 def _check_out(folder: Path) -> None:

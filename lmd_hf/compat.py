@@ -11,7 +11,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Target", "checkpoint_key_map", "resolve_commit", "tomllib", "unreachable_errors"]
+__all__ = ["Target", "checkpoint_key_map", "redirect_errors", "resolve_commit", "tomllib", "unreachable_errors"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,18 @@ def unreachable_errors() -> tuple[type[Exception], ...]:
     """What the Hub client raises when there is no answer: its HTTP library's errors, and newer ones of its own."""
     from huggingface_hub import errors
 
+    own = [getattr(errors, name, None) for name in ("RevisionResolutionError", "OfflineModeIsEnabled")]
+    return (_httpx().TransportError, errors.LocalEntryNotFoundError, *(error for error in own if error is not None))
+
+
+def redirect_errors() -> tuple[type[Exception], ...]:
+    """What the Hub client's HTTP library raises for redirects without end."""
+    return (_httpx().TooManyRedirects,)
+
+
+def _httpx() -> Any:
     try:
         from huggingface_hub.utils import httpx
     except ImportError:
         import httpx
-    own = [getattr(errors, name, None) for name in ("RevisionResolutionError", "OfflineModeIsEnabled")]
-    return (httpx.TransportError, errors.LocalEntryNotFoundError, *(error for error in own if error is not None))
+    return httpx

@@ -11,6 +11,8 @@ import numpy as np
 STACKS = ("", "vision", "audio", "text", "encoder", "decoder")  # in the order of the forward pass
 ROLES = ("embed", "conv", "q", "k", "v", "kv", "o", "router", "gate", "up", "down", "ssm", "other", "head")
 
+UNREAD = "could not be read"  # how the reason of a `Skipped` begins whose bytes did not come
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -47,6 +49,21 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """One weight as the network knows it: the name and shape that its module gives it, however it is stored.
+
+    `format` is `plain` for a tensor that is the weight, else the layout of `tensors`, the largest of them first: packed
+    values, then scales, zero points and so on. `dtype` is that of the largest.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    tensors: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True)
 class NormRef:
     """The gain that feeds a matrix: γ = `offset` + the tensor (Gemma-style norms store γ − 1)."""
 
@@ -58,10 +75,11 @@ class NormRef:
 class MatrixRef:
     """One matrix of the network, y = W·x, and how to cut it out of what is stored.
 
-    `shape` is (out, in). `tensors[0]` holds the entries; `expert` picks along its first axis; `transposed` says that
-    it is stored (in, out); `rows` are the slices (start, stop, step) of the out axis that belong to this matrix, all
-    if empty. `activation` is the function after (gate, up) or before (down) it, `None` outside an MLP; `gated` says
-    that a gate multiplies it. `tied_to` names a stored tensor that should hold the same numbers.
+    `shape` is (out, in). `tensors` hold the entries in the format `stored`, the largest first, whose name is `name`;
+    `expert` picks along their first axis; `transposed` says that the weight is (in, out); `rows` are the slices
+    (start, stop, step) of the out axis that belong to this matrix, all if empty.
+    `activation` is the function after (gate, up) or before (down) it, `None` outside an MLP; `gated` says that a gate
+    multiplies it. `tied_to` names a stored tensor that should hold the same numbers.
     """
 
     name: str

@@ -18,6 +18,16 @@ from lmd_hf.matrix.subspaces import leading_subspaces, principal_angles
 
 
 @dataclass(frozen=True)
+class Side:
+    """A matrix and the largest error that storing made: `relative` to each entry (floats: the unit roundoff u), or
+    `absolute` (integers and codebooks: a, half a step, root mean square)."""
+
+    matrix: Float[Tensor, "O I"]
+    relative: float
+    absolute: float = 0.0
+
+
+@dataclass(frozen=True)
 class Update:
     """The spectrum of Δ and its numbers. `base_norm` = ‖W_base‖_F, `norm` = ‖Δ‖_F, `relative` their quotient (`None`
     where the base is 0). `rank` counts the values above `floor`, `energy` is their share of ‖Δ‖_F²."""
@@ -62,27 +72,27 @@ class Drift:
 UNMOVED = Drift(0.0, None, None, 1.0, 0.0, 1.0, 0.0)
 
 
-def measure_change(
-    base_OI: Float[Tensor, "O I"], tuned_OI: Float[Tensor, "O I"], roundoffs: tuple[float, float]
-) -> tuple[Update, Drift]:
-    """Every number of a pair: Δ is formed in float64, whatever the two storage formats (unit roundoffs `roundoffs`).
+def measure_change(base: Side, tuned: Side) -> tuple[Update, Drift]:
+    """Every number of a pair of matrices of one shape; Δ is formed in float64, whatever the two storage formats.
 
     Spectra come from the kernel `exact`, with its error bound. Equal entries give zeros, cos² = 1 and angles of 0,
     exactly and without any decomposition (so the floor is 0 and n' is `None`). NaN or infinity raises `ValueError`.
 
     >>> import torch
     >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> update, _ = measure_change(w, w + torch.diag(torch.tensor([0.0, 0.0, 0.5])), (2.0**-24, 2.0**-24))
+    >>> t = w + torch.diag(torch.tensor([0.0, 0.0, 0.5]))
+    >>> update, _ = measure_change(Side(w, 2.0**-24), Side(t, 2.0**-24))
     >>> update.rank, update.norm
     (1, 0.5)
     """
+    base_OI, tuned_OI = base.matrix, tuned.matrix
     if not (torch.isfinite(base_OI).all() and torch.isfinite(tuned_OI).all()):
         raise ValueError("the matrix holds NaN or infinity")
     base_norm = float(torch.linalg.vector_norm(base_OI, dtype=torch.float64))
     if base_OI.dtype != tuned_OI.dtype or not torch.equal(base_OI, tuned_OI):
         delta_OI = tuned_OI.to(torch.float64) - base_OI
         if delta_OI.any():  # else the same numbers in two formats
-            errors = [rounding_errors(w, u) for w, u in zip((base_OI, tuned_OI), roundoffs, strict=True)]
+            errors = [rounding_errors(side) for side in (base, tuned)]
             update = measure_update(delta_OI, rounding_floor(*errors), base_norm)
             del delta_OI  # its memory serves the subspaces
             return update, measure_drift(base_OI, tuned_OI, [rounding_floor(each) for each in errors])
@@ -118,9 +128,9 @@ def measure_update(delta_OI: Float[Tensor, "O I"], stored_floor: float, base_nor
     )
 
 
-def rounding_errors(w_OI: Float[Tensor, "O I"], roundoff: float) -> tuple[Tensor, Tensor]:
-    """Σ (u·w_ij)² over each row and over each column: squares of the largest rounding errors of the entries."""
-    squares_OI = w_OI.to(torch.float64).square().mul_(roundoff**2)
+def rounding_errors(side: Side) -> tuple[Tensor, Tensor]:
+    """Σ over each row, and over each column, of (u·w_ij)² + a²: squares of the largest errors that storing made."""
+    squares_OI = side.matrix.to(torch.float64).square().mul_(side.relative**2).add_(side.absolute**2)
     return squares_OI.sum(1), squares_OI.sum(0)
 
 
@@ -128,10 +138,10 @@ def rounding_floor(*errors: tuple[Tensor, Tensor]) -> float:
     """A spectral norm that the rounding errors of stored matrices, added up, do not reach.
 
     √(max over rows of Σ_j d²_ij) + √(max over columns of Σ_i d²_ij), d²_ij the squared errors of all the matrices at
-    that entry, taken as independent. For entries of one size this is the δ(√O + √I) of `dimension.numerical_rank`; but
-    real matrices have rows and columns that stand out, and the norm of independent errors follows those (Bandeira &
-    van Handel 2016, Theorem 3.1). On all-MiniLM-L6-v2 rounded to bf16 and to fp16 the errors reach 0.40 of this floor
-    at most, and 1.5 of δ(√O + √I).
+    that entry (`rounding_errors`), taken as independent. For entries of one size this is the δ(√O + √I) of
+    `dimension.numerical_rank`; but real matrices have rows and columns that stand out, and the norm of independent
+    errors follows those (Bandeira & van Handel 2016, Theorem 3.1). On all-MiniLM-L6-v2 rounded to bf16 and to fp16 the
+    errors reach 0.40 of this floor at most, and 1.5 of δ(√O + √I).
     """
     return sum(math.sqrt(float(torch.stack(sums).sum(0).max())) for sums in zip(*errors, strict=True))
 

@@ -48,14 +48,15 @@ def expressivity(sigma: Float[ndarray, " k"]) -> float | None:
     return None if rank is None or len(sigma) < 2 else math.log(rank) / math.log(len(sigma))
 
 
-def numerical_rank(sigma: Float[ndarray, " m"], n: int, stored_roundoff: float) -> int:
+def numerical_rank(sigma: Float[ndarray, " m"], n: int, relative: float, absolute: float = 0.0) -> int:
     """#{σ > δ(√m+√n) + n·u·σ₁}: the values that rounding alone cannot explain, m ≤ n.
 
-    δ = stored_roundoff · ‖W‖_F/√(mn), the root mean square of the largest rounding error of each stored entry
-    (bf16 2⁻⁸, fp16 2⁻¹¹, fp32 2⁻²⁴ relative); a matrix of errors of size δ has norm up to δ(√m+√n). u = 2⁻⁵³.
+    δ is the root mean square of the largest rounding error of each stored entry: `relative` · ‖W‖_F/√(mn) for floats
+    (bf16 2⁻⁸, fp16 2⁻¹¹, fp32 2⁻²⁴, e4m3 2⁻⁴), `absolute`, half a step, for integers; a matrix of errors of size δ has
+    norm up to δ(√m+√n). u = 2⁻⁵³.
     """
     m = len(sigma)
-    delta = stored_roundoff * math.sqrt(float((sigma**2).sum()) / (m * n))
+    delta = math.hypot(relative * math.sqrt(float((sigma**2).sum()) / (m * n)), absolute)
     return int((sigma > delta * (math.sqrt(m) + math.sqrt(n)) + n * 2.0**-53 * sigma[0]).sum())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmd_hf.errors import FormatError
-from lmd_hf.records import Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
+from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
 from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
 
 
@@ -37,6 +37,14 @@ class Report:
 
     def __str__(self) -> str:
         return f"{self.summary()}\n\n{self.table()}"
+
+    @property
+    def unread(self) -> tuple[Skipped, ...]:
+        """The matrices that were to be done and could not be read: a fault of the network or of a file, none of theirs.
+
+        A report with any is incomplete; running again does the rest.
+        """
+        return tuple(skipped for skipped in self.coverage.skipped if skipped.reason.startswith(UNREAD))
 
     def summary(self) -> str:
         """What was found, in a few plain lines: coverage, key figures by role, findings, convergence."""

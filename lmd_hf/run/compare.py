@@ -9,13 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lmd_hf.errors import NoDataError
-from lmd_hf.matrix.change import Drift, Update, measure_change
-from lmd_hf.records import Changes, Matching, MatrixChange, MatrixRef, Pair, TensorRef, Unmatched, VectorChange
+from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.matrix.change import Drift, Side, Update, measure_change
+from lmd_hf.records import UNREAD, Changes, Matching, MatrixChange, MatrixRef, Pair, TensorRef, Unmatched, VectorChange
 from lmd_hf.run.execute import count_workers, environment, pick_device, worker_pool
-from lmd_hf.run.measure import STORED_ROUNDOFF
 from lmd_hf.weights.source import Source
-from lmd_hf.weights.stored import read_matrix
+from lmd_hf.weights.stored import read_stored
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def compare_all(
@@ -34,7 +36,8 @@ def compare_all(
     started = time.perf_counter()
     where = pick_device(device)
     pairs = matching.pairs
-    workers = count_workers([pair.bytes for pair in pairs], where)
+    largest = max((8 * math.prod(pair.shape) for pair in pairs), default=0)
+    workers = count_workers([pair.bytes for pair in pairs], largest, where)
     outcomes: dict[int, MatrixChange | Unmatched] = {}
     with worker_pool(workers) as pool:
         order = sorted(range(len(pairs)), key=lambda index: -pairs[index].flops)
@@ -49,26 +52,35 @@ def compare_all(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixChange)),
         vectors=tuple(o for o in ordered if isinstance(o, VectorChange)),
         unmatched=tuple(o for o in ordered if isinstance(o, Unmatched)),
-        environment=environment(where, workers),
+        environment=environment(where, workers, base, tuned),
         timing={"compare": time.perf_counter() - started},
     )
 
 
 def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device) -> MatrixChange | Unmatched:
     rows, columns = pair.shape
-    sides = (("base", base, pair.base), ("tuned", tuned, pair.tuned))
-    matrices: list[Tensor] = []
-    for side, source, ref in sides:
+    models = (("base", base, pair.base), ("tuned", tuned, pair.tuned))
+    sides: list[Side] = []
+    for name, source, ref in models:
         try:
-            matrices.append(read_matrix(source, ref)[:rows, :columns].to(device))
-        except NoDataError as error:
-            return Unmatched(side, ref.name, ref.part, ref.shape, str(error))
-    roundoffs = (STORED_ROUNDOFF[pair.base.dtype], STORED_ROUNDOFF[pair.tuned.dtype])
+            stored = read_stored(source, ref)
+        except (NoDataError, SourceError, FormatError, ValueError) as error:
+            return Unmatched(name, ref.name, ref.part, ref.shape, _why(error))
+        common = stored.matrix[:rows, :columns].to(device)
+        if common.element_size() == 1:  # torch has no arithmetic on 8-bit floats; wider ones hold them exactly
+            common = common.to(torch.float32)
+        sides.append(Side(common, stored.rounding.relative, stored.rounding.absolute))
     try:
-        return _to_row(pair, *measure_change(matrices[0], matrices[1], roundoffs))
+        return _to_row(pair, *measure_change(*sides))
     except ValueError:  # NaN or infinity
-        side, ref, reason = next((s, r, why) for (s, _, r), w in zip(sides, matrices, strict=True) if (why := _bad(w)))
-        return Unmatched(side, ref.name, ref.part, ref.shape, reason)
+        reasons = ((name, ref, _bad(side.matrix)) for (name, _, ref), side in zip(models, sides, strict=True))
+        name, ref, reason = next(item for item in reasons if item[2])
+        return Unmatched(name, ref.name, ref.part, ref.shape, reason)
+
+
+def _why(error: Exception) -> str:
+    """What keeps a tensor from being compared: itself, or that its bytes did not come."""
+    return f"{UNREAD}: {error}" if isinstance(error, (SourceError, FormatError)) else str(error)
 
 
 def _bad(w: Tensor) -> str:
@@ -135,13 +147,13 @@ def _compare_vectors(names: tuple[tuple[str, str], ...], base: Source, tuned: So
 def _compare_vector(a: TensorRef, b: TensorRef, base: Source, tuned: Source) -> VectorChange | Unmatched:
     values: list[Tensor] = []
     for side, source, tensor in (("base", base, a), ("tuned", tuned, b)):
-        if tensor.dtype not in STORED_ROUNDOFF:
+        if tensor.dtype not in FLOATS:
             return Unmatched(side, tensor.name, "", tensor.shape, f"a vector stored as {tensor.dtype}")
         flat = replace(tensor, shape=(math.prod(tensor.shape),))  # a scalar has no axis to read along
         try:
             value = source.read(flat).to("cpu", torch.float64)
-        except NoDataError as error:
-            return Unmatched(side, tensor.name, "", tensor.shape, str(error))
+        except (NoDataError, SourceError, FormatError) as error:
+            return Unmatched(side, tensor.name, "", tensor.shape, _why(error))
         if reason := _bad(value):
             return Unmatched(side, tensor.name, "", tensor.shape, reason)
         values.append(value)

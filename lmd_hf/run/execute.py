@@ -1,33 +1,54 @@
 """Doing the work: the only place where tensors live. One rank is a world of one."""
 
+import math
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
-from lmd_hf.errors import NoDataError, SettingsError
+from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
 from lmd_hf.matrix.kernels import Spectrum, get_kernel
-from lmd_hf.records import Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
+from lmd_hf.records import UNREAD, Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.measure import measure, to_row
-from lmd_hf.weights.source import Source
-from lmd_hf.weights.stored import read_matrix
+from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
+from lmd_hf.weights.source import FileSource, Source
+from lmd_hf.weights.stored import Rounding, Stored, read_stored
 
 
 Outcome = MatrixReport | Skipped | Alias
-Ahead = Mapping[Any, Future[Spectrum]]  # by `_entries`
-MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
+Begun = Future[tuple[Spectrum, Rounding]]
+MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time,
+LARGEST_SHARE = 3  # and of the largest matrix in float64, or
+MEMORY_PER_CORE = 128 * 2**20  # bytes for each core, if that is more
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Spectra under way, by `_entries`, and the reads that feed them."""
+
+    spectra: dict[Any, tuple[Work, Begun]]
+    reads: ReadAhead
+
+    def take_over(self) -> dict[Any, Begun]:
+        """Begin nothing more; what remains is done, under way, or has its bytes here or on their way."""
+        self.reads.close()
+        kept = {key: future for key, (work, future) in self.spectra.items() if self.reads.begun(work)}
+        return kept | {
+            key: future for key, (_, future) in self.spectra.items() if key not in kept and not future.cancel()
+        }
 
 
 @contextmanager
-def head_start(plan: Plan, source: Source) -> Iterator[Ahead]:
+def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """Spectra of a provisional plan, computed in the background until `execute` takes over with the final one.
 
     A spectrum depends on which entries of a stored tensor form the matrix, not on role or orientation, so what was
@@ -35,8 +56,9 @@ def head_start(plan: Plan, source: Source) -> Iterator[Ahead]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with worker_pool(count_workers([work.bytes for work in works], device)) as pool:
-        yield {_entries(w.ref): pool.submit(_spectrum, source, w, device) for w in works}
+    workers = _workers(works, device)
+    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
+        yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
 def execute(
@@ -44,7 +66,7 @@ def execute(
     source: Source,
     *,
     rank: int = 0,
-    ahead: Ahead | None = None,
+    ahead: HeadStart | None = None,
     progress: Callable[[Work], None] | None = None,
 ) -> Results:
     """Decompose this rank's share of a plan, most expensive matrix first, and return rows in the plan's order.
@@ -54,23 +76,28 @@ def execute(
     doing. `progress` is called, in this thread, after each matrix.
     """
     started = time.perf_counter()
-    ahead = {entries: future for entries, future in (ahead or {}).items() if not future.cancel()}
+    spectra = ahead.take_over() if ahead is not None else {}
     device = pick_device(plan.settings.device)
-    shard = plan.shards[rank]
-    workers = count_workers([plan.works[index].bytes for index in shard], device)
+    places = {plan.works[index]: index for index in plan.shards[rank]}
+    works = [work for work in places if _entries(work.ref) not in spectra]
+    workers = _workers(list(places), device)
     outcomes: dict[int, Outcome] = {}
-    with worker_pool(workers) as pool:
-        futures = {pool.submit(_do, source, plan, plan.works[index], device, ahead): index for index in shard}
+    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
+        done = [work for work in places if _entries(work.ref) in spectra]
+        futures = {
+            pool.submit(_do, reads, plan, work, device, spectra.get(_entries(work.ref))): work
+            for work in (*done, *reads.works)
+        }
         for future in as_completed(futures):
-            outcomes[futures[future]] = future.result()
+            outcomes[places[futures[future]]] = future.result()
             if progress is not None:
-                progress(plan.works[futures[future]])
+                progress(futures[future])
     ordered = [outcomes[index] for index in sorted(outcomes)]
     return Results(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
         skipped=tuple(o for o in ordered if isinstance(o, Skipped)),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
-        environment=environment(device, workers),
+        environment=environment(device, workers, source),
         timing={"execute": time.perf_counter() - started},
     )
 
@@ -87,14 +114,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def count_workers(sizes: list[int], device: torch.device) -> int:
-    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit; one on an accelerator."""
+def _workers(works: list[Work], device: torch.device) -> int:
+    return count_workers([w.bytes for w in works], max((8 * math.prod(w.ref.shape) for w in works), default=0), device)
+
+
+def count_workers(sizes: list[int], largest: int, device: torch.device) -> int:
+    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit; one on an accelerator.
+    `largest` is the size of the largest matrix in float64: memory stays below some multiple of it."""
     if device.type != "cpu" or not sizes:
         return 1
-    free = psutil.virtual_memory().available * MEMORY_SHARE
-    fitting = max(1, int(free // max(sizes)))
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-               len(sizes), fitting)  # fmt: skip
+    cores = os.cpu_count() or 1
+    room = min(psutil.virtual_memory().available * MEMORY_SHARE, max(LARGEST_SHARE * largest, MEMORY_PER_CORE * cores))
+    fitting = max(1, int(room // max(sizes)))
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores, len(sizes), fitting)
 
 
 @contextmanager
@@ -120,23 +152,33 @@ def _entries(ref: MatrixRef) -> tuple[Any, ...]:
     return ref.tensors, ref.stored, ref.expert, ref.rows
 
 
-def _spectrum(source: Source, work: Work, device: torch.device) -> Spectrum:
-    return get_kernel(work.kernel)(read_matrix(source, work.ref).to(device))
+def _spectrum(reads: ReadAhead, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
+    with reads.taking(work):
+        stored = read_stored(reads, work.ref)
+        return get_kernel(work.kernel)(stored.matrix.to(device)), stored.rounding
 
 
-def _do(source: Source, plan: Plan, work: Work, device: torch.device, ahead: Ahead) -> Outcome:
+def _do(reads: ReadAhead, plan: Plan, work: Work, device: torch.device, begun: Begun | None) -> Outcome:
     ref = work.ref
-    done = ahead.get(_entries(ref))
-    if done is not None and ref.tied_to is None and plan.settings.metric == "identity" and done.exception() is None:
-        return to_row(ref, done.result(), kernel=work.kernel)
+    if begun is not None and ref.tied_to is None and plan.settings.metric == "identity" and begun.exception() is None:
+        return to_row(ref, *begun.result(), kernel=work.kernel)
     try:
-        w = read_matrix(source, ref)
-    except NoDataError as error:
+        with reads.taking(work):
+            return _measured(reads, plan, work, read_stored(reads, ref), device)
+    except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
         return Skipped(ref.name, ref.shape, str(error))
+    except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
+        return Skipped(ref.name, ref.shape, f"{UNREAD}: {error}")
+
+
+def _measured(source: Source, plan: Plan, work: Work, stored: Stored, device: torch.device) -> Outcome:
+    ref, w = work.ref, stored.matrix
     if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
-        return measure(source, ref, w.to(device), metric=plan.settings.metric, kernel=work.kernel)
+        return measure(
+            source, ref, replace(stored, matrix=w.to(device)), metric=plan.settings.metric, kernel=work.kernel
+        )
     except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
         bad = int(w.numel() - torch.isfinite(w).sum().item())
         part = f"{ref.part}: " if ref.part else ""
@@ -150,10 +192,15 @@ def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
     return value.T if ref.transposed else value
 
 
-def environment(device: torch.device, workers: int) -> dict[str, Any]:
-    """What ran the work: versions, device and threads."""
+def environment(device: torch.device, workers: int, *sources: Source) -> dict[str, Any]:
+    """What ran the work: versions, device and threads, and what was fetched from the Hub."""
     import transformers
 
+    links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
+    fetched = {
+        "bytes_fetched": sum(link.bytes_fetched for link in links),
+        "files_touched": sum(len(link.files_touched) for link in links),
+    }
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -161,4 +208,5 @@ def environment(device: torch.device, workers: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,
+        **(fetched if links else {}),
     }

@@ -5,21 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lmd_hf.matrix import capacity, dimension, noise
 from lmd_hf.matrix.kernels import Spectrum, get_kernel
 from lmd_hf.matrix.metrics import norm
 from lmd_hf.records import MatrixRef, MatrixReport
 from lmd_hf.weights.source import Source
-from lmd_hf.weights.stored import read_gain
+from lmd_hf.weights.stored import Rounding, Stored, read_gain
 
 
-STORED_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-
-
-def measure(source: Source, ref: MatrixRef, w_OI: Tensor, *, metric: str, kernel: str) -> MatrixReport:
+def measure(source: Source, ref: MatrixRef, stored: Stored, *, metric: str, kernel: str) -> MatrixReport:
     """Spectrum and every number of theory for W, in the metric asked for (`identity` where no norm feeds W)."""
+    w_OI = stored.matrix
     spectrum = get_kernel(kernel)(w_OI)
     raw = spectrum.values.numpy()
     used = "identity"
@@ -27,11 +24,17 @@ def measure(source: Source, ref: MatrixRef, w_OI: Tensor, *, metric: str, kernel
         gain = norm(read_gain(source, ref.norm).to(w_OI.device))
         spectrum = get_kernel(kernel)(gain.power_times(0.5, w_OI.to(torch.float64).T).T)
         used = "norm"
-    return to_row(ref, spectrum, raw, metric=used, kernel=kernel)
+    return to_row(ref, spectrum, stored.rounding, raw, metric=used, kernel=kernel)
 
 
 def to_row(
-    ref: MatrixRef, spectrum: Spectrum, raw: np.ndarray | None = None, *, metric: str = "identity", kernel: str
+    ref: MatrixRef,
+    spectrum: Spectrum,
+    rounding: Rounding,
+    raw: np.ndarray | None = None,
+    *,
+    metric: str = "identity",
+    kernel: str,
 ) -> MatrixReport:
     """Every number of theory for a matrix, from its spectrum in a metric and `raw`, σ(W), where that is another."""
     s = spectrum.values.numpy()
@@ -63,7 +66,7 @@ def to_row(
         energy_rank_90=dimension.energy_rank(s, 0.90),
         energy_rank_95=dimension.energy_rank(s, 0.95),
         energy_rank_99=dimension.energy_rank(s, 0.99),
-        numerical_rank=dimension.numerical_rank(raw, max(ref.shape), STORED_ROUNDOFF[ref.dtype]),
+        numerical_rank=dimension.numerical_rank(raw, max(ref.shape), rounding.relative, rounding.absolute),
         latent_dim=latent,
         latent_dim_rule=rule,
         **_noise(raw, max(ref.shape)),

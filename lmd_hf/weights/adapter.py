@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lmd_hf.compat import Target, checkpoint_key_map
-from lmd_hf.records import TensorRef
+from lmd_hf.records import Weight
 from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_role
 
 
@@ -20,6 +20,9 @@ BUILD_ERRORS = (
     *(ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, OSError),
     StrictDataclassError,
 )
+
+
+_NORMED = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1|weight_v)$")  # weight normalisation
 
 
 @dataclass(frozen=True)
@@ -49,35 +52,39 @@ class Tree:
     notes: tuple[str, ...]
 
 
-def read_tree(tensors: tuple[TensorRef, ...], config: dict[str, Any] | None, module: nn.Module | None) -> Tree:
+def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module: nn.Module | None) -> Tree:
     """The place of every tensor: from a live module, from the configuration's meta model, or from names alone."""
     notes: list[str] = []
     if module is None:
         module = _meta_model(config, notes)
-        mapped = checkpoint_key_map(module, [t.name for t in tensors]) if module is not None else {}
+        mapped = checkpoint_key_map(module, [w.name for w in weights]) if module is not None else {}
     else:
-        mapped = {tensor.name: Target(tensor.name) for tensor in tensors}
+        mapped = {weight.name: Target(weight.name) for weight in weights}
     if module is None:
-        places = _places_by_name(tensors)
+        places = _places_by_name(weights)
         return Tree(places, {}, Config(config), tuple(notes))
     values = _config_values(module, config)
     known = _known_parameters(module, Config(values))
-    by_name = _places_by_name(tensors)
+    by_name = _places_by_name(weights)
     ignored = [re.compile(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     places = {}
-    for tensor in tensors:
-        target = mapped[tensor.name]
+    for weight in weights:
+        target = mapped[weight.name]
         if target.converted:
-            places[tensor.name] = _converted(tensor, by_name[tensor.name], target, known, module)
+            places[weight.name] = _converted(weight, by_name[weight.name], target, known, module)
         elif target.name in known:
-            places[tensor.name] = known[target.name]
-        elif any(pattern.search(tensor.name) for pattern in ignored):
-            places[tensor.name] = Place(tensor.name, "ignored")
+            places[weight.name] = known[target.name]
+        elif any(pattern.search(weight.name) for pattern in ignored):
+            places[weight.name] = Place(weight.name, "ignored")
         else:
-            places[tensor.name] = by_name[tensor.name]
-    unknown = sum(1 for t in tensors if mapped[t.name].name not in known and places[t.name].kind != "ignored")
+            places[weight.name] = by_name[weight.name]
+    companions = {tensor.name for weight in weights for tensor in weight.tensors[1:]}
+    unknown = {w.name for w in weights if mapped[w.name].name not in known and places[w.name].kind != "ignored"}
+    unknown = {name for name in unknown - companions if name.rpartition(".")[2] not in fact("companions")}
     if unknown:
-        notes.append(f"{unknown} tensors are not in {type(module).__name__}; their roles are read from their names")
+        notes.append(
+            f"{len(unknown)} tensors are not in {type(module).__name__}; their roles are read from their names"
+        )
     return Tree(places, _ties(module, mapped), Config(values), tuple(notes))
 
 
@@ -122,6 +129,10 @@ def _known_parameters(module: nn.Module, config: Config) -> dict[str, Place]:
         inside = _inside(path, classes)
         for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
             result[prefix + name] = replace(_place(path, name, child, parameter, config), inside=inside)
+            if whole := _NORMED.match(prefix + name):  # a direction and a gain that together are the module's weight
+                owner = whole.group(1)
+                place = _place(owner, "weight", classes[owner], parameter, config)
+                result[f"{owner}.weight".lstrip(".")] = replace(place, inside=_inside(owner, classes))
         for name, _ in child.named_buffers(recurse=False, remove_duplicate=False):
             result[prefix + name] = Place(prefix + name, "buffer")
     return result
@@ -164,7 +175,7 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, conf
     return Place(full, "parameter")
 
 
-def _converted(tensor: TensorRef, guess: Place, target: Target, known: dict[str, Place], module: nn.Module) -> Place:
+def _converted(weight: Weight, guess: Place, target: Target, known: dict[str, Place], module: nn.Module) -> Place:
     """The place of a tensor that transformers merges, cuts or turns while loading: it keeps its own name.
 
     Stacked experts stay stacked; where the last two axes differ from the module's, they are turned on disk.
@@ -174,8 +185,8 @@ def _converted(tensor: TensorRef, guess: Place, target: Target, known: dict[str,
     if target.name not in known:
         return guess
     place = known[target.name]
-    if len(tensor.shape) == 3 and place.kind.startswith("experts"):
-        same = tuple(tensor.shape) == tuple(module.get_parameter(target.name).shape)
+    if len(weight.shape) == 3 and place.kind.startswith("experts"):
+        same = tuple(weight.shape) == tuple(module.get_parameter(target.name).shape)
         turned = (place.kind == "experts_transposed") == same
         guess = replace(place, path=guess.path, kind="experts_transposed" if turned else "experts")
     return replace(guess, inside=place.inside, module=target.name)
@@ -198,11 +209,11 @@ def _ties(module: nn.Module, mapped: dict[str, Target]) -> dict[str, str]:
 # --- names alone -------------------------------------------------------------------------------------------------
 
 
-def _places_by_name(tensors: tuple[TensorRef, ...]) -> dict[str, Place]:
+def _places_by_name(weights: tuple[Weight, ...]) -> dict[str, Place]:
     """Places guessed from names and shapes; a bias beside a matrix tells which of its axes is the output."""
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    shapes = {weight.name: weight.shape for weight in weights}
     transposed = _transposed_leaves(shapes)
-    return {tensor.name: _guess(tensor, transposed) for tensor in tensors}
+    return {weight.name: _guess(weight, transposed) for weight in weights}
 
 
 def _transposed_leaves(shapes: dict[str, tuple[int, ...]]) -> set[str]:
@@ -215,18 +226,18 @@ def _transposed_leaves(shapes: dict[str, tuple[int, ...]]) -> set[str]:
     return result
 
 
-def _guess(tensor: TensorRef, transposed: set[str]) -> Place:
-    path = tensor.name.removesuffix(".weight")
+def _guess(weight: Weight, transposed: set[str]) -> Place:
+    path = weight.name.removesuffix(".weight")
     leaf = path.rsplit(".", 1)[-1]
-    wide = sum(size > 1 for size in tensor.shape)
-    if tensor.name.endswith("bias") or len(tensor.shape) < 2 or (len(tensor.shape) > 2 and wide < 2):
-        return Place(tensor.name, "vector")
-    if tensor.dtype == "BOOL" or (tensor.dtype[0] in "IU" and len(tensor.shape) != 2):
-        return Place(tensor.name, "buffer")
+    wide = sum(size > 1 for size in weight.shape)
+    if weight.name.endswith("bias") or len(weight.shape) < 2 or (len(weight.shape) > 2 and wide < 2):
+        return Place(weight.name, "vector")
+    if weight.dtype == "BOOL" or (weight.dtype[0] in "IU" and len(weight.shape) != 2):
+        return Place(weight.name, "buffer")
     role = find_role(path)
     if (role is not None and role.role == "embed") or re.search(fact("looked_up"), path):
-        return Place(path, "embedding" if len(tensor.shape) == 2 else "parameter")
-    if len(tensor.shape) == 2:
+        return Place(path, "embedding" if len(weight.shape) == 2 else "parameter")
+    if len(weight.shape) == 2:
         return Place(path, "conv1d" if leaf in transposed else "linear")
     if re.search(r"(?:^|\.)experts\.\w+$", path):
         return Place(path, "parameter")

@@ -1,25 +1,27 @@
-"""A Hub repository as a source: pinned once to a commit, headers by HTTP range, shards downloaded when first read."""
+"""A Hub repository as a source: pinned once to a commit, headers and selected tensors by HTTP range."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers
 
 from lmd_hf import __version__
 from lmd_hf.compat import resolve_commit, unreachable_errors
 from lmd_hf.errors import SourceError
 from lmd_hf.records import TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
+from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.source import (
     INDEX,
     FileSource,
@@ -29,6 +31,7 @@ from lmd_hf.weights.source import (
     read_index,
     read_local_header,
     unique,
+    unread_files,
     weight_files,
 )
 
@@ -37,16 +40,23 @@ FIRST_BYTES = 100_000  # 97 % of safetensors headers are shorter (huggingface_hu
 
 
 def open_repository(
-    repo_id: str, *, revision: str | None = None, subfolder: str = "", token: str | bool | None = None
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    download: bool = False,
 ) -> FileSource:
     """A model repository at the commit that `revision` means now.
 
-    Opening downloads config.json, the index and headers only; a snapshot that is wholly cached needs no download.
-    Raises `SourceError` with the remedy for a repository that is missing, private, gated or out of reach.
+    Opening fetches config.json, the index and headers only; a snapshot that is wholly cached needs nothing. Later,
+    files that are cached are read from disk, of the others only the bytes asked for are fetched, or, with `download`,
+    whole files into the cache. Raises `SourceError` with the remedy for a repository that is missing, private, gated
+    or out of reach.
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
     try:
-        return _open(api, repo_id, revision, subfolder)
+        return _open(api, repo_id, revision, subfolder, download)
     except GatedRepoError:
         raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
     except RevisionNotFoundError:
@@ -62,78 +72,97 @@ def open_repository(
         raise SourceError(f"{repo_id}: the Hub answered {error.response.status_code}; try again later") from None
 
 
-def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str) -> FileSource:
+def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, download: bool) -> FileSource:
     commit = resolve_commit(api, repo_id, revision)
     if folder := _cached_folder(repo_id, commit, subfolder):
         source = open_folder(folder, identifier=repo_id)
         return replace(source, identity=replace(source.identity, revision=revision, commit=commit))
     prefix = f"{subfolder}/" if subfolder else ""
-    entries = api.list_repo_tree(repo_id, path_in_repo=subfolder or None, revision=commit)
-    sizes = {e.path.removeprefix(prefix): e for e in entries if hasattr(e, "size")}
-
-    def locate(name: str) -> Path:
-        try:
-            with _DOWNLOADING:  # two workers that need the same shard fetch it once
-                return Path(hf_hub_download(repo_id, prefix + name, revision=commit, token=api.token))
-        except (OSError, HfHubHTTPError, *unreachable_errors()) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SourceError(f"{repo_id}: cannot download {name} ({reason}); what has arrived is kept") from None
-
-    names, index = weight_files(sorted(sizes), repo_id), None
+    listing = api.list_repo_tree(repo_id, path_in_repo=subfolder or None, recursive=True, revision=commit)
+    sizes = {entry.path.removeprefix(prefix): entry for entry in listing if hasattr(entry, "size")}
+    fetch = partial(_fetch, api, repo_id, prefix, commit)
+    names, index = _weight_files(list(sizes), repo_id), None
     if INDEX in names:
-        index = read_index(locate(INDEX).read_bytes(), f"{repo_id}/{INDEX}")
+        index = read_index(fetch(INDEX).read_bytes(), f"{repo_id}/{INDEX}")
         names = index.shards
         if absent := [name for name in names if name not in sizes]:
             raise SourceError(f"{repo_id}: its index names shards that are absent, first '{absent[0]}'; ask its owner")
-    config = read_config(locate("config.json")) if "config.json" in sizes else None
-    files: list[WeightFile] = []
-    tensors: list[TensorRef] = []
-    for name in names:
-        entry = sizes[name]
-        files.append(WeightFile(name, entry.size, entry.lfs.sha256 if entry.lfs else None))
-        tensors += _header(api, repo_id, prefix + name, name, commit, entry.size)
+    config = read_config(fetch("config.json")) if "config.json" in sizes else None
+    files = [WeightFile(name, sizes[name].size, sizes[name].lfs.sha256 if sizes[name].lfs else None) for name in names]
+    connection = Connection(repo_id, _headers(api), partial(_cached, repo_id, prefix, commit))
+    remote = {
+        file.name: RemoteFile(
+            connection, file.name, hf_hub_url(repo_id, prefix + file.name, revision=commit), file.bytes, file.sha256
+        )
+        for file in files
+    }
+
+    def locate(name: str) -> Path | RemoteFile:
+        if path := connection.cached(name):
+            return path
+        return _download(fetch, repo_id, name, connection) if download else remote[name]
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:  # a large model has hundreds of shards, each a round trip or two
+        tensors = [tensor for header in pool.map(partial(_header, connection, remote), names) for tensor in header]
     if index is not None:
         index.check(tuple(tensors))
     identity = make_identity(repo_id, revision, commit, config, files)
-    return FileSource(identity, config, unique(tensors), locate)
+    notes = unread_files(list(sizes), names)
+    return FileSource(identity, config, unique(tensors), locate, connection=connection, notes=notes)
 
 
-_DOWNLOADING = threading.Lock()
+def _headers(api: HfApi) -> dict[str, str]:
+    headers: Any = build_hf_headers(token=api.token, library_name="lmd-hf", library_version=__version__)
+    return {**{key.lower(): value for key, value in headers.items()}, "accept-encoding": "identity"}
 
 
-def _header(api: HfApi, repo_id: str, path: str, name: str, commit: str, size: int) -> tuple[TensorRef, ...]:
-    cached = try_to_load_from_cache(repo_id, path, revision=commit)
-    if isinstance(cached, str):
-        return read_local_header(Path(cached), name)
-    return read_header(name, size, _ranges(api, hf_hub_url(repo_id, path, revision=commit)))
+def _weight_files(names: list[str], repo_id: str) -> list[str]:
+    """The files to read, or `SourceError`, which tells the folders of the repository that hold weights."""
+    try:
+        return weight_files([name for name in names if "/" not in name], repo_id)
+    except SourceError:
+        folders = sorted({str(PurePosixPath(name).parent) for name in names if name.endswith(".safetensors")} - {"."})
+        if not folders:
+            raise
+        raise SourceError(
+            f"{repo_id}: no weights at its top; give --subfolder, one of: {', '.join(folders[:9])}"
+        ) from None
 
 
-def _ranges(api: HfApi, url: str) -> Callable[[int, int], bytes]:
-    """A reader of byte ranges of a remote file that asks for the first 100 kB once."""
-    headers = build_hf_headers(token=api.token, library_name="lmd-hf", library_version=__version__)
-    session: Any = get_session()
+def _fetch(api: HfApi, repo_id: str, prefix: str, commit: str, name: str) -> Path:
+    return Path(hf_hub_download(repo_id, prefix + name, revision=commit, token=api.token))
 
-    def fetch(start: int, stop: int) -> bytes:
-        answer = session.get(
-            url,
-            headers={**headers, "Range": f"bytes={start}-{stop - 1}"},
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            follow_redirects=True,
-        )
-        hf_raise_for_status(answer)
-        return bytes(answer.content if answer.status_code == 206 else answer.content[start:stop])
 
-    first = fetch(0, FIRST_BYTES)
-    return lambda start, stop: first[start:stop] if stop <= len(first) else fetch(start, stop)
+def _download(fetch: Callable[[str], Path], repo_id: str, name: str, connection: Connection) -> Path:
+    """The whole file, in the cache."""
+    try:
+        with connection.lock:  # two threads that need the same shard download it once
+            path = connection.cached(name) or fetch(name)
+    except (OSError, HfHubHTTPError, *unreachable_errors()) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(f"{repo_id}: cannot download {name} ({reason}); what has arrived is kept") from None
+    return path
+
+
+def _cached(repo_id: str, prefix: str, commit: str, name: str) -> Path | None:
+    path = try_to_load_from_cache(repo_id, prefix + name, revision=commit)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _header(connection: Connection, remote: dict[str, RemoteFile], name: str) -> tuple[TensorRef, ...]:
+    if path := connection.cached(name):
+        return read_local_header(path, name)
+    file = remote[name]
+    first = file.read_range(0, FIRST_BYTES)
+    return read_header(
+        name, file.size, lambda start, stop: first[start:stop] if stop <= len(first) else file.read_range(start, stop)
+    )
 
 
 def _cached_folder(repo_id: str, commit: str, subfolder: str) -> Path | None:
     """The folder of the cached snapshot, if the configuration and every weight file that it names are there."""
 
-    def cached(name: str) -> Path | None:
-        path = try_to_load_from_cache(repo_id, f"{subfolder}/{name}".lstrip("/"), revision=commit)
-        return Path(path) if isinstance(path, str) else None
-
+    cached = partial(_cached, repo_id, f"{subfolder}/" if subfolder else "", commit)
     config, index = cached("config.json"), cached(INDEX)
     names = ["model.safetensors"] if index is None else read_index(index.read_bytes(), f"{repo_id}/{INDEX}").shards
     complete = config is not None and all(cached(name) is not None for name in names)

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from lmd_hf.records import ROLES, STACKS, Alias, Inventory, MatrixRef, NormRef, Skipped, TensorRef
+from lmd_hf.records import ROLES, STACKS, Alias, Inventory, MatrixRef, NormRef, Skipped, Weight
 from lmd_hf.weights.adapter import Place, Tree, read_tree
 from lmd_hf.weights.families import (
     Config,
@@ -19,45 +19,50 @@ from lmd_hf.weights.families import (
     find_role,
     stack_words,
 )
+from lmd_hf.weights.formats import FP8, list_weights
 from lmd_hf.weights.source import Source
 
 
-READABLE = {"F64", "F32", "F16", "BF16"}
+READABLE = {"F64", "F32", "F16", "BF16", *FP8}
 OTHER = Role("", "other")
 
 
 def list_matrices(source: Source) -> Inventory:
     """The inventory of a source: selected + skipped + stored aliases add up to every parameter that is stored."""
-    return _list(source, read_tree(source.tensors, source.config, source.module))
+    weights = list_weights(source.tensors, source.config, source.read)
+    return _list(source, weights, read_tree(weights, source.config, source.module))
 
 
 def list_by_name(source: Source) -> Inventory:
     """What names and shapes alone tell, at once and without importing transformers."""
-    return _list(source, read_tree(source.tensors, None, None))
+    weights = list_weights(source.tensors, source.config, source.read)
+    return _list(source, weights, read_tree(weights, None, None))
 
 
-def _list(source: Source, tree: Tree) -> Inventory:
-    context = _Context(source.tensors, tree)
+def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
+    context = _Context(weights, tree)
     selected: list[MatrixRef] = []
     skipped: list[Skipped] = []
-    for tensor in source.tensors:
-        found = _describe(tensor, context)
+    for weight in weights:
+        found = _describe(weight, context)
         if isinstance(found, Skipped):
             skipped.append(found)
         else:
             selected += found
     selected = _finish_mlps(selected, context)
-    matrices = {ref.name for ref in selected}
+    matrices = {context.weight_of[ref.name] for ref in selected}
     ties = tree.ties | dict(source.shared)
-    stored = {tensor.name: tensor for tensor in source.tensors}
+    stored = {weight.name: weight for weight in weights}
     aliases = tuple(
-        Alias(name, of, stored[of].shape, stored=False)
+        Alias(name, stored[of].tensors[0].name, stored[of].shape, stored=False)
         for name, of in sorted(ties.items())
         if name not in stored and of in matrices
     )
-    selected = sorted((replace(ref, tied_to=ties.get(ref.name)) for ref in selected), key=_reading_order)
-    parameters = sum(math.prod(tensor.shape) for tensor in source.tensors)
-    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, tree.notes)
+    tied = {name: of for name, of in ties.items() if of in stored and stored[of].format == "plain"}
+    selected = [replace(ref, tied_to=tied.get(context.weight_of[ref.name])) for ref in selected]
+    selected.sort(key=_reading_order)
+    parameters = sum(math.prod(weight.shape) for weight in weights)
+    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, (*source.notes, *tree.notes))
 
 
 def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
@@ -84,9 +89,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 class _Context:
     """What describing one tensor needs to know of all the others."""
 
-    def __init__(self, tensors: tuple[TensorRef, ...], tree: Tree) -> None:
+    def __init__(self, weights: tuple[Weight, ...], tree: Tree) -> None:
         self.tree = tree
-        self.by_path = {tree.places[t.name].path.removesuffix(".weight"): t for t in tensors}
+        self.by_path = {tree.places[w.name].path.removesuffix(".weight"): w.tensors[0] for w in weights}
+        self.weight_of = {tensor.name: w.name for w in weights for tensor in w.tensors}
+        self.companions = {t.name: w.tensors[0].name for w in weights for t in w.tensors[1:]}
         paths = [place.module or place.path for place in tree.places.values()]
         self.stacks = _stacks(paths)
         self.lists = {
@@ -137,63 +144,71 @@ def _split_block(path: str) -> tuple[str, str] | None:
     return (match.group(1), match.group(2)) if match else None
 
 
-def _describe(tensor: TensorRef, context: _Context) -> list[MatrixRef] | Skipped:
-    place = context.tree.places[tensor.name]
-    companion = _companion_of(tensor, context)
+def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
+    place = context.tree.places[weight.name]
+    companion = _companion_of(weight, context)
     if companion is not None:
-        return Skipped(tensor.name, tensor.shape, f"companion of {companion}")
+        return _skip(weight, f"companion of {companion}")
     if place.kind == "vector":
-        return Skipped(tensor.name, tensor.shape, "vector")
+        return _skip(weight, "vector")
     if place.kind == "ignored":
-        return Skipped(tensor.name, tensor.shape, "buffer that the model class itself ignores")
-    if place.kind == "buffer" or math.prod(tensor.shape) == 0:
-        reason = "empty" if math.prod(tensor.shape) == 0 else "buffer, not a weight"
-        wide = sum(size > 1 for size in tensor.shape)
-        return Skipped(tensor.name, tensor.shape, "vector" if wide < 2 and reason != "empty" else reason)
-    if tensor.dtype not in READABLE:
-        return Skipped(tensor.name, tensor.shape, f"stored as {tensor.dtype}: this format is not read yet")
-    return _matrices(tensor, place, context)
+        return _skip(weight, "buffer that the model class itself ignores")
+    if place.kind == "buffer" or math.prod(weight.shape) == 0:
+        reason = "empty" if math.prod(weight.shape) == 0 else "buffer, not a weight"
+        wide = sum(size > 1 for size in weight.shape)
+        return _skip(weight, "vector" if wide < 2 and reason != "empty" else reason)
+    if weight.format == "plain" and weight.dtype not in READABLE:
+        method = (context.tree.config.values.get("quantization_config") or {}).get("quant_method")
+        stored = f"stored as {weight.dtype}" + (f" by '{method}'" if method else "")
+        return _skip(weight, f"{stored}, a format that is not read; save a copy dequantised by its own library")
+    return _matrices(weight, place, context)
 
 
-def _companion_of(tensor: TensorRef, context: _Context) -> str | None:
+def _skip(weight: Weight, reason: str) -> Skipped:
+    return Skipped(weight.tensors[0].name, weight.shape, reason)
+
+
+def _companion_of(weight: Weight, context: _Context) -> str | None:
     """The weight that a scale or zero point belongs to; `None` for any other tensor."""
-    stem, _, leaf = tensor.name.rpartition(".")
+    name = weight.tensors[0].name
+    if name in context.companions:
+        return context.companions[name]
+    stem, _, leaf = name.rpartition(".")
     if leaf not in fact("companions"):
         return None
     names = (f"{stem}.weight", f"{stem}.qweight", f"{stem}.weight_packed", stem)
-    known = context.tree.places
-    return next((name for name in names if name in known), f"{stem}.weight")
+    return next((known for known in names if known in context.weight_of), f"{stem}.weight")
 
 
-def _matrices(tensor: TensorRef, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
-    """The matrices inside one readable tensor: one, one an expert, or one a fused part."""
+def _matrices(weight: Weight, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
+    """The matrices inside one readable weight: one, one an expert, or one a fused part."""
     path = place.path
     role = find_role(path, place.inside) or (Role("", "embed") if place.kind == "embedding" else OTHER)
     if place.kind in ("conv", "conv_transposed"):
         role = Role("", "conv")
     if place.kind == "parameter":
-        return _bare_parameter(tensor, place, context)
+        return _bare_parameter(weight, place, context)
     stacked = place.kind in ("experts", "experts_transposed")
-    if not stacked and len(tensor.shape) != 2 and role.role != "conv":
-        return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
-    base, config = _base(tensor, place, role, context), context.config(place.module or path)
-    if place.pieces and tensor.shape[0] % len(place.pieces) == 0:
+    if not stacked and len(weight.shape) != 2 and role.role != "conv":
+        return _skip(weight, f"a tensor of {len(weight.shape)} axes with no rule to read it")
+    base, config = _base(weight, place, role, context), context.config(place.module or path)
+    if place.pieces and weight.shape[0] % len(place.pieces) == 0:
         return _pieces(base, place, context)
     if role.role == "k_v" and find_fused(path, config, place.inside) is None:
         role = Role(role.block, "kv")  # one matrix that serves as both
         base = replace(base, role="kv")
     if not role.parts:
         if role.role == "other" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
-            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, config))
+            return _skip(weight, _no_rule(weight, config))
         refs = [base]
     else:
         rows = _part_rows(base.shape, place, role, config)
         if rows is None:
-            return Skipped(tensor.name, tensor.shape, _no_rule(tensor, config))
+            return _skip(weight, _no_rule(weight, config))
         refs = [_part(base, part, rows[part]) for part in role.parts]
     refs = [replace(ref, norm=_norm(ref, path, context)) for ref in refs]
     if stacked:
-        refs = [_expert(ref, index) for index in range(tensor.shape[0]) for ref in refs]
+        refs = [_expert(ref, index) for index in range(weight.shape[0]) for ref in refs]
     return refs
 
 
@@ -210,36 +225,37 @@ def _pieces(whole: MatrixRef, place: Place, context: _Context) -> list[MatrixRef
     return refs
 
 
-def _bare_parameter(tensor: TensorRef, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
+def _bare_parameter(weight: Weight, place: Place, context: _Context) -> list[MatrixRef] | Skipped:
     """A weight of no known module: a position table (1, N, d) is an embedding; else it is 2-D, or skipped."""
     path = place.path
-    wide = tuple(size for size in tensor.shape if size > 1)
+    wide = tuple(size for size in weight.shape if size > 1)
     if len(wide) < 2:
-        return Skipped(tensor.name, tensor.shape, "vector")
+        return _skip(weight, "vector")
     if len(wide) != 2:
-        return Skipped(tensor.name, tensor.shape, f"a tensor of {len(tensor.shape)} axes with no rule to read it")
+        return _skip(weight, f"a tensor of {len(weight.shape)} axes with no rule to read it")
     embed = re.search(r"embed|position", path.rsplit(".", 1)[-1]) is not None
     role = Role("", "embed") if embed else (find_role(path, place.inside) or OTHER)
-    return [_base(replace(tensor, shape=wide), replace(place, kind="embedding" if embed else "linear"), role, context)]
+    squeezed = replace(weight, shape=wide, tensors=(replace(weight.tensors[0], shape=wide), *weight.tensors[1:]))
+    return [_base(squeezed, replace(place, kind="embedding" if embed else "linear"), role, context)]
 
 
-def _base(tensor: TensorRef, place: Place, role: Role, context: _Context) -> MatrixRef:
+def _base(weight: Weight, place: Place, role: Role, context: _Context) -> MatrixRef:
     """The whole stored matrix (of one expert): y = W·x with W of shape (out, in), whatever the order on disk."""
     transposed = place.kind in ("conv1d", "embedding", "experts_transposed", "conv_transposed")
-    sizes = tensor.shape[1:] if place.kind.startswith("experts") else tensor.shape
+    sizes = weight.shape[1:] if place.kind.startswith("experts") else weight.shape
     stored = (sizes[0], math.prod(sizes[1:]))
     where = place.module or place.path
     return MatrixRef(
-        name=tensor.name,
+        name=weight.tensors[0].name,
         part=role.part,
         stack=context.stack(where),
         block=role.block,
         role=role.role,
         layer=None if role.role == "head" else context.layer(where),
         shape=(stored[1], stored[0]) if transposed else stored,
-        dtype=tensor.dtype,
-        stored="plain",
-        tensors=(tensor,),
+        dtype=weight.dtype,
+        stored=weight.format,
+        tensors=weight.tensors,
         transposed=transposed,
     )
 
@@ -300,10 +316,10 @@ def _heads(config: Config) -> dict[str, int | None]:
     return {"heads": heads, "kv_heads": groups if isinstance(groups, int) else heads, "size": size}
 
 
-def _no_rule(tensor: TensorRef, config: Config) -> str:
-    shape = " × ".join(map(str, tensor.shape))
+def _no_rule(weight: Weight, config: Config) -> str:
+    shape = " × ".join(map(str, weight.shape))
     return (
-        f"no rule for '{tensor.name}' ({shape}) of model_type '{config.model_type}'; it looks fused: "
+        f"no rule for '{weight.tensors[0].name}' ({shape}) of model_type '{config.model_type}'; it looks fused: "
         "add a [[fused]] row to families.toml (see gpt_neox)"
     )
 
@@ -336,7 +352,7 @@ def _finish_mlps(refs: list[MatrixRef], context: _Context) -> list[MatrixRef]:
             roles = siblings[_mlp_key(ref)]
             if ref.role == "gate" and "up" not in roles:
                 ref = replace(ref, role="up")
-            path = context.tree.places[ref.name].path
+            path = context.tree.places[context.weight_of[ref.name]].path
             config = context.config(path)
             activation = family_fact("activation", config) or config.get(*fact("activation_keys"))
             named = activation if isinstance(activation, str) else None

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +14,21 @@ import lmd_hf
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
+from lmd_hf.weights.ranged import Connection, RemoteFile
 
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool, "U8": torch.uint8,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 INDEX = "model.safetensors.index.json"
 EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = (".safetensors", ".bin")
+NAMED = 5  # files that a note names before it counts
 
 
 class Source(Protocol):
@@ -51,6 +59,11 @@ class Source(Protocol):
         """(name, the stored tensor whose memory it shares)."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the report should know of the files."""
+        ...
+
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start…stop of the first stored axis, as stored, on the CPU (a live module: where it lives)."""
         ...
@@ -58,18 +71,24 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Safetensors files. `locate` gives the local path of a weight file, and fetches it first if need be."""
+    """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
     tensors: tuple[TensorRef, ...]
-    locate: Callable[[str], Path]
+    locate: Callable[[str], Path | RemoteFile]
     module: nn.Module | None = None
     shared: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    connection: Connection | None = None
+
+    def on_disk(self, name: str) -> bool:
+        """Whether reading that file costs no network."""
+        return self.connection is None or self.connection.cached(name) is not None
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads just those bytes: no mapping, so memory in use is the slice itself."""
-        rows = tensor.shape[0]
+        rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         row_bytes = (tensor.stop - tensor.start) // rows
         buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
@@ -77,7 +96,9 @@ class FileSource:
             file.seek(tensor.start + start * row_bytes)
             if file.readinto(buffer.numpy().data) != len(buffer):
                 raise FormatError(f"{tensor.file}: '{tensor.name}' ends early; the file changed while it was read")
-        return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
+        return buffer.view(TORCH_DTYPES[tensor.dtype]).reshape(
+            (stop - start, *tensor.shape[1:]) if tensor.shape else ()
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,7 @@ class LiveSource:
     tensors: tuple[TensorRef, ...]
     shared: tuple[tuple[str, str], ...]
     values: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """A view of the parameter; nothing is copied."""
@@ -100,10 +122,16 @@ class LiveSource:
 
 
 def open_source(
-    model: str | Path | nn.Module, *, revision: str | None = None, subfolder: str = "", token: str | bool | None = None
+    model: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    download: bool = False,
 ) -> Source:
     """The source of a model: a live module, a `.safetensors` file, a folder in Hub layout, or a Hub id.
 
+    Of a Hub id only the tensors that are read are fetched, and not kept; `download` keeps whole files in the cache.
     A path that exists wins over a Hub id of the same name; the embedded model answers to its own id, offline. Raises
     `SourceError` if there is no such model or it holds no safetensors weights, `FormatError` if a file is damaged.
     """
@@ -124,7 +152,7 @@ def open_source(
     ):
         from lmd_hf.weights.hub import open_repository
 
-        return open_repository(text, revision=revision, subfolder=subfolder, token=token)
+        return open_repository(text, revision=revision, subfolder=subfolder, token=token, download=download)
     raise SourceError(f"{text}: no such folder or file, and not a Hub id (org/name); check the path")
 
 
@@ -132,8 +160,10 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
     """A folder in Hub layout: config.json and model.safetensors, or shards with their index."""
     present = sorted(path.name for path in folder.iterdir())
     names = weight_files(present, str(folder))
+    below = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.suffix in WEIGHTS]
     if INDEX not in names:
-        return _from_files(folder, names, read_config(folder / "config.json"), identifier)
+        source = _from_files(folder, names, read_config(folder / "config.json"), identifier)
+        return replace(source, notes=unread_files([*present, *below], names))
     index = read_index((folder / INDEX).read_bytes(), f"{folder}/{INDEX}")
     if absent := [name for name in index.shards if name not in present]:
         raise FormatError(
@@ -141,7 +171,7 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
         )
     source = _from_files(folder, index.shards, read_config(folder / "config.json"), identifier)
     index.check(source.tensors)
-    return source
+    return replace(source, notes=unread_files([*present, *below], index.shards))
 
 
 def _open_file(path: Path) -> FileSource:
@@ -194,6 +224,19 @@ def weight_files(names: list[str], where: str) -> list[str]:
     if pickles:
         raise SourceError(_pickle_refusal(f"{where}: {pickles[0]}"))
     raise SourceError(f"{where}: no .safetensors weights in it; save the model with save_pretrained first")
+
+
+def unread_files(present: list[str], read: list[str]) -> tuple[str, ...]:
+    """A note that names the weight files which are there, here or in folders below, but not read. A pickle beside
+    safetensors holds the same weights and is not named."""
+    weights = [PurePosixPath(name) for name in present if name.endswith(".safetensors")]
+    folders = {path.parent for path in weights}
+    pickles = [path for path in map(PurePosixPath, present) if path.match("pytorch_model*.bin")]
+    unread = sorted({str(p) for p in (*weights, *(p for p in pickles if p.parent not in folders))} - set(read))
+    if not unread:
+        return ()
+    named = ", ".join(unread[:NAMED]) + (f" and {len(unread) - NAMED} more" if len(unread) > NAMED else "")
+    return (f"weight files not read: {named}" + ("; --subfolder reads a folder" if "/" in "".join(unread) else ""),)
 
 
 def _pickle_refusal(name: str) -> str:

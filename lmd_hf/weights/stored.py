@@ -1,26 +1,49 @@
 """From what is stored to the matrix W (out × in) that the forward pass uses."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lmd_hf.records import MatrixRef, NormRef
+from lmd_hf.records import MatrixRef, NormRef, TensorRef
+from lmd_hf.weights.formats import unpack_weight
 from lmd_hf.weights.source import Source
+from lmd_hf.weights.unpack import ROUNDOFF, Unpacked
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The largest error that storing can have made, half the distance between neighbouring stored values: relative to
+    each entry (floats), or absolute, as its root mean square over the entries (integers and codebooks)."""
+
+    relative: float = 0.0
+    absolute: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """W (out × in) and how coarsely it was stored."""
+
+    matrix: Tensor
+    rounding: Rounding
+
+
+def read_stored(source: Source, ref: MatrixRef) -> Stored:
+    """W of shape `ref.shape` = (out, in): as stored, or in float32 where it has to be computed from several tensors.
+
+    Only the bytes of W are read where they lie together. `ValueError` if the tensors do not fit together.
+    """
+    if ref.stored == "plain":
+        w = _read_plain(source, ref)
+        return Stored(w, Rounding(relative=ROUNDOFF[w.dtype]))
+    unpacked = unpack_weight(ref.stored, ref.tensors, lambda tensor: _of_expert(source, ref, tensor))
+    w = _cut(ref, _oriented(ref, unpacked.values))
+    return Stored(w, _rounding(ref, unpacked, w.shape[1]))
 
 
 def read_matrix(source: Source, ref: MatrixRef) -> Tensor:
-    """W of shape `ref.shape` = (out, in) in its stored dtype; only its bytes are read where they lie together."""
-    tensor = ref.tensors[0]
-    if ref.expert is not None:
-        w = source.read(tensor, ref.expert, ref.expert + 1)[0]
-    elif ref.rows and not ref.transposed:
-        first, last = min(row[0] for row in ref.rows), max(row[1] for row in ref.rows)
-        w = source.read(tensor, first, last)
-        return _cut(w.reshape(last - first, -1), [(a - first, b - first, step) for a, b, step in ref.rows])
-    else:
-        w = source.read(tensor)
-    w = w.reshape(w.shape[0], -1)
-    w = w.T if ref.transposed else w
-    return _cut(w, list(ref.rows)) if ref.rows else w
+    """W alone, as `read_stored` gives it."""
+    return _read_plain(source, ref) if ref.stored == "plain" else read_stored(source, ref).matrix
 
 
 def read_gain(source: Source, norm: NormRef) -> Tensor:
@@ -28,6 +51,42 @@ def read_gain(source: Source, norm: NormRef) -> Tensor:
     return source.read(norm.tensor).to(torch.float64).flatten() + norm.offset
 
 
-def _cut(w_OI: Tensor, rows: list[tuple[int, int, int]]) -> Tensor:
+def _read_plain(source: Source, ref: MatrixRef) -> Tensor:
+    tensor = ref.tensors[0]
+    if ref.expert is None and ref.rows and not ref.transposed:
+        first, last = min(row[0] for row in ref.rows), max(row[1] for row in ref.rows)
+        w = source.read(tensor, first, last).reshape(last - first, -1)
+        return _take(w, [(a - first, b - first, step) for a, b, step in ref.rows])
+    return _cut(ref, _oriented(ref, _of_expert(source, ref, tensor)))
+
+
+def _of_expert(source: Source, ref: MatrixRef, tensor: TensorRef) -> Tensor:
+    """A stored tensor, or one expert's part of it where it has one for every expert."""
+    if ref.expert is None or not tensor.shape or tensor.shape[0] != ref.tensors[0].shape[0]:
+        return source.read(tensor)
+    return source.read(tensor, ref.expert, ref.expert + 1)[0]
+
+
+def _oriented(ref: MatrixRef, weight: Tensor) -> Tensor:
+    w = weight.reshape(weight.shape[0], -1)
+    return w.T if ref.transposed else w
+
+
+def _cut(ref: MatrixRef, w_OI: Tensor) -> Tensor:
+    return _take(w_OI, list(ref.rows)) if ref.rows else w_OI
+
+
+def _take(w_OI: Tensor, rows: list[tuple[int, int, int]]) -> Tensor:
     pieces = [w_OI[start:stop:step] for start, stop, step in rows]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rounding(ref: MatrixRef, unpacked: Unpacked, columns: int) -> Rounding:
+    """The rounding of W's own entries: the grid of half steps goes the way that the values went."""
+    if unpacked.half_step is None:
+        return Rounding(relative=unpacked.roundoff)
+    steps = _oriented(ref, unpacked.half_step)
+    if ref.rows:
+        rows = unpacked.values.numel() // columns
+        steps = _cut(ref, steps.repeat_interleave(rows // steps.shape[0], dim=0))
+    return Rounding(absolute=float(steps.double().square().mean().sqrt()))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmd_hf.matrix.change import UNMOVED, measure_change, rounding_errors, rounding_floor
+from lmd_hf.matrix.change import UNMOVED, Side, rounding_errors, rounding_floor
+from lmd_hf.matrix.change import measure_change as measure_sides
 from lmd_hf.matrix.dimension import latent_dimension
 from lmd_hf.matrix.subspaces import leading_subspaces, principal_angles
 
@@ -14,6 +15,10 @@ from lmd_hf.matrix.subspaces import leading_subspaces, principal_angles
 F32, BF16 = 2.0**-24, 2.0**-8
 PAIR = (F32, F32)
 SHAPES = [(60, 40), (40, 60), (30, 30)]
+
+
+def measure_change(base, tuned, roundoffs):
+    return measure_sides(Side(base, roundoffs[0]), Side(tuned, roundoffs[1]))
 
 
 def orthonormal(rows, columns, seed):
@@ -133,10 +138,12 @@ def test_a_low_rank_update_is_seen_through_the_rounding_of_its_storage(build):
 
 def test_for_entries_of_one_size_the_floor_is_that_of_the_numerical_rank():
     w = torch.ones(20, 50) * 3
-    floor = rounding_floor(rounding_errors(w, BF16))
+    floor = rounding_floor(rounding_errors(Side(w, BF16)))
     assert floor == pytest.approx(3 * BF16 * (math.sqrt(20) + math.sqrt(50)))
-    both = rounding_floor(rounding_errors(w, BF16), rounding_errors(w, BF16))
+    both = rounding_floor(rounding_errors(Side(w, BF16)), rounding_errors(Side(w, BF16)))
     assert both == pytest.approx(math.sqrt(2) * floor)
+    step = rounding_floor(rounding_errors(Side(w, 0.0, 0.1)))
+    assert step == pytest.approx(0.1 * (math.sqrt(20) + math.sqrt(50)))
 
 
 def test_equal_singular_values_at_the_cut_are_flagged(build):

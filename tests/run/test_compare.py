@@ -1,5 +1,6 @@
 """Comparing whole models: numbers against numpy, storage formats, ties, vocabularies, what cannot be compared."""
 
+import shutil
 import threading
 
 import models
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lmd_hf import Settings, compare
 from lmd_hf.records import MatrixChange
+from lmd_hf.report.compare import build_comparison
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.pairs import match
 from lmd_hf.weights.inventory import list_matrices
@@ -120,6 +122,35 @@ def test_the_same_model_in_half_precision_has_no_update(save, tmp_path, dtype, u
     (tmp_path / "wide").mkdir()
     save_file(widened, tmp_path / "wide" / "model.safetensors")
     assert all(m.identical for m in compare(tmp_path, tmp_path / "wide").matrices)
+
+
+def test_a_model_and_its_fp8_copy_have_no_update(save, tmp_path):
+    """The floor follows the format: 2⁻⁴ of every entry, not the bf16 that the values are read into."""
+    tensors = load_file(save("llama") / "model.safetensors")
+    linear = {name for name, value in tensors.items() if value.ndim == 2 and "proj" in name}
+    fp8 = {name: value.to(torch.float8_e4m3fn) if name in linear else value for name, value in tensors.items()}
+    save_file(fp8, tmp_path / "model.safetensors")
+    changed = {m.name: m for m in compare(save("llama"), tmp_path).matrices if not m.identical}
+    assert set(changed) == linear
+    for m in changed.values():
+        assert m.update_rank == 0
+        assert 2.0**-8 < m.relative_update < 2.0**-4
+
+
+def test_what_could_not_be_read_is_said_and_the_rest_is_there(save, tmp_path):
+    """A file that shrinks after its header was read, as a download under way does."""
+    folder = tmp_path / "model"
+    shutil.copytree(save("llama"), folder)
+    base, tuned = open_source(save("llama")), open_source(folder)
+    matching = match(list_matrices(base), list_matrices(tuned), Settings())
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    changes = compare_all(matching, base, tuned)
+    assert changes.matrices
+    assert changes.unmatched
+    comparison = build_comparison(base.identity, tuned.identity, Settings(), matching, changes)
+    assert comparison.unread == comparison.unmatched
+    assert all(item.side == "tuned" for item in comparison.unread)
 
 
 def test_a_tied_head_is_compared_with_its_embedding(save):

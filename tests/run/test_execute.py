@@ -193,7 +193,9 @@ def test_a_head_start_from_names_alone_changes_no_number(save, family, metric):
     final = make_plan(list_matrices(source), source.identity, settings)
     alone = execute(final, source)
     with head_start(make_plan(list_by_name(source), source.identity, settings), source) as ahead:
-        [future.exception() for future in ahead.values()]  # all done before the plan is known: the other extreme
+        [
+            future.exception() for _, future in ahead.spectra.values()
+        ]  # all done before the plan is known: the other extreme
         together = execute(final, source, ahead=ahead)
     assert together.matrices == alone.matrices
     for one, other in zip(together.matrices, alone.matrices, strict=True):

@@ -179,11 +179,11 @@ def test_what_has_no_partner_is_listed_with_the_reason(save, rename):
 def test_what_one_side_cannot_read_is_said(save, tmp_path):
     tensors = load_file(save("llama") / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name] = tensors[name].reshape(2, -1, 32)
     save_file(tensors, tmp_path / "model.safetensors")
     found = alone(match(inventory(save("llama")), inventory(tmp_path), ALL))
-    assert found[("base", name)].startswith("skipped in the tuned model: stored as F8_E4M3")
-    assert found[("tuned", name)].startswith("stored as F8_E4M3")
+    assert found[("base", name)] == "skipped in the tuned model: a tensor of 3 axes with no rule to read it"
+    assert found[("tuned", name)] == "a tensor of 3 axes with no rule to read it"
 
 
 def test_nothing_is_paired_that_fits_two_partners(tmp_path):

@@ -76,7 +76,7 @@ def test_a_subfolder(hub, save):
 
 def test_offline_uses_the_cache(hub, llama, monkeypatch):
     name, commit = llama
-    before = analyze(name)
+    before = analyze(name, download=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     after = analyze(name)
     assert after.model.commit == commit
@@ -115,9 +115,9 @@ def test_what_cannot_be_opened_is_one_clear_line(hub, save, name, options, messa
     assert "\n" not in str(caught.value)
 
 
-def test_a_second_look_downloads_nothing(hub, llama):
+def test_after_a_download_a_second_look_fetches_nothing(hub, llama):
     name, _ = llama
-    analyze(name)
+    analyze(name, download=True)
     sent = hub.sent
     analyze(name)
     assert hub.sent == sent
@@ -131,7 +131,7 @@ def test_a_hub_out_of_reach_says_so(hub):
 
 def test_offline_with_only_part_of_a_model_says_so(hub, llama, monkeypatch):
     name, _ = llama
-    analyze(name, match="*layers.0.*")
+    analyze(name, match="*layers.0.*", download=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"not \(wholly\) in the cache"):
         open_source(name)

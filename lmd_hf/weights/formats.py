@@ -1,0 +1,264 @@
+"""Which stored tensors together are one weight: the formats that checkpoints use, recognised from headers.
+
+A format is data: the endings of its tensors' names, the test that tells it from its neighbours, the shape of the
+weight, and the function of `unpack` that computes it. Adding one is one entry of `FORMATS`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lmd_hf.records import TensorRef, Weight
+from lmd_hf.weights import unpack
+from lmd_hf.weights.unpack import Unpacked
+
+
+Parts = dict[str, TensorRef]
+Read = Callable[[TensorRef], Tensor]
+FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+BYTES = ("U8", "I8")
+SMALL_READS = 16  # at a time: over a network each is a round trip
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored. `parts` are the arguments of `unpack` and the endings of the tensors' names that may
+    hold them, the largest tensor first; those in `optional` may be missing. `weight` ends the name that the module
+    gives the weight. `dtypes` are those of the largest tensor, `fits` looks at the other headers, and `shape` may
+    read the small tensors among the parts."""
+
+    unpack: Callable[..., Unpacked]
+    parts: Mapping[str, tuple[str, ...]]
+    dtypes: tuple[str, ...]
+    shape: Callable[[Parts, Read], tuple[int, ...]]
+    optional: tuple[str, ...] = ()
+    weight: str = ".weight"
+    fits: Callable[[Parts, dict[str, Any]], bool] = field(default=lambda parts, settings: True)
+
+    def key(self, name: str) -> str:
+        """Which part a tensor is, from its name: the longest ending that fits."""
+        endings = [(e, key) for key, ends in self.parts.items() for e in ends if name.endswith(e)]
+        return max(endings, key=lambda pair: len(pair[0]))[1]
+
+
+def _same(parts: Parts, read: Read) -> tuple[int, ...]:
+    return parts["weight"].shape
+
+
+def _two_a_byte(parts: Parts, read: Read) -> tuple[int, ...]:
+    *rest, columns = parts["weight"].shape
+    return (*rest, 2 * columns)
+
+
+def _stored_shape(parts: Parts, read: Read) -> tuple[int, ...]:
+    return tuple(read(parts["shape"]).tolist())
+
+
+def _quant_state_shape(parts: Parts, read: Read) -> tuple[int, ...]:
+    return tuple(unpack.quant_state(read(parts["state"]))["shape"])
+
+
+def _gptq_shape(parts: Parts, read: Read) -> tuple[int, ...]:
+    rows = parts["scale"].shape[1]
+    bits = parts["zero"].shape[1] * 32 // rows
+    return rows, parts["g_idx"].shape[0] if "g_idx" in parts else parts["weight"].shape[0] * 32 // bits
+
+
+def _awq_shape(parts: Parts, read: Read) -> tuple[int, ...]:
+    return parts["weight"].shape[1] * 8, parts["weight"].shape[0]
+
+
+def _gpt_oss_shape(parts: Parts, read: Read) -> tuple[int, ...]:
+    experts, rows, groups, size = parts["weight"].shape
+    return experts, groups * size * 2, rows
+
+
+def _is_gptq(parts: Parts, settings: dict[str, Any]) -> bool:
+    layout = str(settings.get("checkpoint_format", "gptq")) + str(settings.get("packing_format", ""))
+    other = any(word in layout for word in ("marlin", "bitblas", "awq", "exllama:", "qqq"))
+    return not other and parts["weight"].shape[1] == parts["scale"].shape[1]
+
+
+def _version(number: str) -> Callable[[Parts, dict[str, Any]], bool]:
+    return lambda parts, settings: (
+        _is_gptq(parts, settings) and ("v2" in str(settings.get("checkpoint_format"))) == (number == "v2")
+    )
+
+
+_GPTQ_PARTS = {"weight": (".qweight",), "zero": (".qzeros",), "scale": (".scales",), "g_idx": (".g_idx",)}
+_SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale_weight", ".scale")
+_STATE = tuple(f".weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+
+FORMATS = {
+    "fp8": Format(unpack.scaled_float, {"weight": (".weight",), "scale": _SCALES}, FP8, _same),
+    "fp8 experts": Format(
+        unpack.scaled_float,
+        {"weight": ("_proj",), "scale": ("_proj_scale_inv", "_proj_scale", "_proj_weight_scale")},
+        FP8,
+        _same,
+        weight="_proj",
+    ),
+    "mxfp4": Format(
+        unpack.mxfp4_blocks, {"weight": ("_blocks",), "scale": ("_scales",)}, ("U8",), _gpt_oss_shape, weight=""
+    ),
+    "bitsandbytes-4bit": Format(
+        unpack.bitsandbytes_4bit,
+        {
+            "weight": (".weight",),
+            "absmax": (".weight.absmax",),
+            "code": (".weight.quant_map",),
+            "state": _STATE,
+            "nested_absmax": (".weight.nested_absmax",),
+            "nested_code": (".weight.nested_quant_map",),
+        },
+        ("U8", "I8", "BF16", "F16", "F32"),
+        _quant_state_shape,
+        optional=("nested_absmax", "nested_code"),
+    ),
+    "bitsandbytes-int8": Format(unpack.bitsandbytes_int8, {"weight": (".weight",), "scale": (".SCB",)}, ("I8",), _same),
+    "bitnet": Format(
+        unpack.bitnet,
+        {"weight": (".weight",), "scale": (".weight_scale",)},
+        BYTES,
+        lambda parts, read: (4 * parts["weight"].shape[0], parts["weight"].shape[1]),
+        fits=lambda parts, settings: settings.get("quant_method") == "bitnet",
+    ),
+    "nvfp4 modelopt": Format(
+        unpack.fp4,
+        {"weight": (".weight",), "scale": (".weight_scale",), "factor": (".weight_scale_2",)},
+        BYTES,
+        _two_a_byte,
+        fits=lambda parts, settings: parts["scale"].dtype in FP8,
+    ),
+    "fp4": Format(
+        unpack.fp4,
+        {"weight": (".weight",), "scale": _SCALES},
+        BYTES,
+        _two_a_byte,
+        fits=lambda parts, settings: (
+            parts["scale"].dtype in ("F8_E8M0", "U8") and parts["scale"].shape[-1] * 16 == parts["weight"].shape[-1]
+        ),
+    ),
+    "int8": Format(
+        unpack.scaled_int,
+        {"weight": (".weight",), "scale": (".weight_scale",), "zero": (".weight_zero_point",)},
+        ("I8",),
+        _same,
+        optional=("zero",),
+    ),
+    "nvfp4": Format(
+        unpack.fp4,
+        {"weight": (".weight_packed",), "scale": (".weight_scale",), "divisor": (".weight_global_scale",)},
+        BYTES,
+        _two_a_byte,
+    ),
+    "mxfp4 packed": Format(
+        unpack.fp4, {"weight": (".weight_packed",), "scale": (".weight_scale",)}, BYTES, _two_a_byte
+    ),
+    "pack-quantized": Format(
+        unpack.packed_int,
+        {
+            "weight": (".weight_packed",),
+            "scale": (".weight_scale",),
+            "shape": (".weight_shape",),
+            "zero": (".weight_zero_point",),
+            "g_idx": (".weight_g_idx",),
+        },
+        ("I32",),
+        _stored_shape,
+        optional=("zero", "g_idx"),
+    ),
+    "gptq": Format(unpack.gptq, _GPTQ_PARTS, ("I32",), _gptq_shape, optional=("g_idx",), fits=_version("v1")),
+    "gptq-v2": Format(unpack.gptq_v2, _GPTQ_PARTS, ("I32",), _gptq_shape, optional=("g_idx",), fits=_version("v2")),
+    "awq": Format(
+        unpack.awq,
+        {"weight": (".qweight",), "zero": (".qzeros",), "scale": (".scales",)},
+        ("I32",),
+        _awq_shape,
+        fits=lambda parts, settings: parts["weight"].shape[1] * 8 == parts["scale"].shape[1],
+    ),
+    "hqq": Format(
+        unpack.hqq,
+        {
+            "weight": (".W_q",),
+            "scale": (".scale",),
+            "zero": (".zero",),
+            "shape": (".shape",),
+            "bits": (".nbits",),
+            "axis": (".axis",),
+            "group": (".group_size",),
+        },
+        ("U8", "I32"),
+        _stored_shape,
+        optional=("group",),
+    ),
+    "torchao-float8": Format(
+        unpack.scaled_float, {"weight": ("._weight_qdata",), "scale": ("._weight_scale",)}, FP8, _same
+    ),
+    "torchao-int8": Format(
+        unpack.scaled_int,
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), "zero": ("._weight_zero_point",)},
+        ("I8",),
+        _same,
+        optional=("zero",),
+        fits=lambda parts, settings: parts["scale"].shape[0] in (1, parts["weight"].shape[0]),
+    ),
+    "weight-norm": Format(
+        unpack.weight_norm,
+        {
+            "weight": (".parametrizations.weight.original1", ".weight_v"),
+            "gain": (".parametrizations.weight.original0", ".weight_g"),
+        },
+        ("F32", "F16", "BF16", "F64"),
+        _same,
+    ),
+}
+
+
+def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, read: Read) -> tuple[Weight, ...]:
+    """The weights that the network knows, each with the stored tensors that make it, in the order of the file; what
+    no format claims is a weight of its own, as it is. `read` is asked for small tensors only (a shape, a JSON state).
+    """
+    settings = (config or {}).get("quantization_config") or (config or {}).get("compression_config") or {}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    found: dict[str, tuple[str, str, Parts]] = {}  # name of the largest tensor → (format, weight's name, parts)
+    for name, layout in FORMATS.items():
+        for tensor in by_name.values():
+            if tensor.dtype not in layout.dtypes or tensor.name in found:
+                continue
+            for ending in next(iter(layout.parts.values())):
+                if not tensor.name.endswith(ending):
+                    continue
+                stem = tensor.name.removesuffix(ending)
+                parts = _parts(stem, layout, by_name) | {"weight": tensor}
+                if layout.parts.keys() - parts.keys() <= set(layout.optional) and layout.fits(parts, settings):
+                    found[tensor.name] = (name, stem + layout.weight, parts)
+    with ThreadPoolExecutor(SMALL_READS) as pool:
+        shapes = dict(zip(found, pool.map(lambda f: FORMATS[f[0]].shape(f[2], read), found.values()), strict=True))
+    return tuple(
+        _weight(*found[name], shapes[name]) if name in found else Weight(name, t.shape, t.dtype, "plain", (t,))
+        for name, t in by_name.items()
+    )
+
+
+def _parts(stem: str, layout: Format, by_name: dict[str, TensorRef]) -> Parts:
+    candidates = {key: (stem + ending for ending in endings) for key, endings in layout.parts.items()}
+    present = {key: next((by_name[n] for n in names if n in by_name), None) for key, names in candidates.items()}
+    return {key: tensor for key, tensor in present.items() if tensor is not None}
+
+
+def _weight(layout: str, name: str, parts: Parts, shape: tuple[int, ...]) -> Weight:
+    return Weight(
+        name, shape, parts["weight"].dtype, layout, tuple(parts[key] for key in FORMATS[layout].parts if key in parts)
+    )
+
+
+def unpack_weight(layout: str, tensors: tuple[TensorRef, ...], read: Read) -> Unpacked:
+    """The weight that these tensors make; `read` returns their entries. `ValueError` if they do not fit together."""
+    if layout == "plain":
+        return unpack.plain(read(tensors[0]))
+    known = FORMATS[layout]
+    return known.unpack(**{known.key(tensor.name): read(tensor) for tensor in tensors})

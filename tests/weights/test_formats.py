@@ -1,0 +1,356 @@
+"""Stored formats: quantised by each format's definition (and by its own library where that is installed), read back,
+and compared entry by entry; then the singular values against float64 LAPACK on the dequantised matrix."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lmd_hf
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
+from lmd_hf.weights.stored import read_stored
+
+
+OUT, IN = 192, 256
+NAME = "model.layers.0.mlp.down_proj"
+
+
+def random(*shape, seed=0, scale=0.02):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def read(folder, tensors, **quantization):
+    """The one matrix in a checkpoint of these tensors."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    if quantization:
+        (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    source = open_source(folder)
+    inventory = list_matrices(source)
+    assert len(inventory.selected) == 1, inventory
+    assert {s.reason for s in inventory.skipped} <= {f"companion of {inventory.selected[0].name}", "vector"}
+    counted = sum(math.prod(item.shape) for item in (*inventory.selected, *inventory.skipped))
+    assert counted == inventory.parameters
+    return inventory.selected[0], read_stored(source, inventory.selected[0])
+
+
+def pack_bits(codes, bits):
+    """The definition: the codes of a row as one string of bits, lowest first, cut into 32-bit words."""
+    words = []
+    for row in codes.tolist():
+        number = sum(int(code) << (bits * index) for index, code in enumerate(row))
+        count = math.ceil(len(row) * bits / 32)
+        words.append([number >> (32 * index) & 0xFFFFFFFF for index in range(count)])
+    return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32))
+
+
+def groups(w, bits, size):
+    """Asymmetric groups along the input: codes, scale and zero point, (O, I), (O, G), (O, G)."""
+    parts = w.reshape(w.shape[0], -1, size)
+    low, high = parts.amin(-1), parts.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).half().float()
+    zero = (-low / scale).round().clamp(0, 2**bits - 1)
+    codes = (parts / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.reshape(w.shape), scale, zero
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (1, IN), (OUT, IN), (64, 64)])
+@pytest.mark.parametrize("ending", ["weight_scale_inv", "weight_scale"])
+def test_fp8_with_tiles_rows_or_one_scale(tmp_path, tile, ending):
+    rows, columns = (math.ceil(size / step) for size, step in zip((OUT, IN), tile, strict=True))
+    scale = random(rows, columns, seed=1).abs() + 0.01
+    q = random(OUT, IN, scale=1).to(torch.float8_e4m3fn)
+    expected = torch.stack(
+        [torch.stack([q[i, j].float() * scale[i // tile[0], j // tile[1]] for j in range(IN)]) for i in range(OUT)]
+    )
+    stored = scale.flatten()[0] if scale.numel() == 1 else scale
+    ref, found = read(tmp_path, {f"{NAME}.weight": q, f"{NAME}.{ending}": stored})
+    assert torch.equal(found.matrix, expected)
+    assert (ref.stored, ref.shape, ref.dtype, found.rounding.relative) == ("fp8", (OUT, IN), "F8_E4M3", 2**-4)
+
+
+def test_fp8_scales_may_be_powers_of_two(tmp_path):
+    q = random(OUT, IN, scale=1).to(torch.float8_e5m2)
+    exponents = torch.randint(120, 130, (OUT, IN // 32), dtype=torch.uint8)
+    _, found = read(tmp_path, {f"{NAME}.weight": q, f"{NAME}.weight_scale": exponents})
+    scale = 2.0 ** (exponents.double() - 127)
+    assert torch.equal(found.matrix.double(), q.double() * scale.repeat_interleave(32, 1))
+    assert found.rounding.relative == 2**-3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("ordered", ["no g_idx", "in order", "act order"])
+def test_gptq(tmp_path, bits, version, ordered):
+    group = 64
+    codes, scale, zero = groups(random(OUT, IN), bits, group)
+    if version == "gptq":
+        zero = zero.clamp(min=1)  # the first layout stores z − 1
+    index = torch.arange(IN, dtype=torch.int32) // group
+    if ordered == "act order":
+        index = index[torch.randperm(IN, generator=torch.Generator().manual_seed(2))]
+    expected = (codes - zero[:, index.long()]) * scale[:, index.long()]
+    tensors = {
+        f"{NAME}.qweight": pack_bits(codes, bits).T,
+        f"{NAME}.qzeros": pack_bits(zero.T - int(version == "gptq"), bits),
+        f"{NAME}.scales": scale.T.half(),
+    }
+    if ordered != "no g_idx":
+        tensors[f"{NAME}.g_idx"] = index
+    ref, found = read(tmp_path, tensors, quant_method="gptq", bits=bits, group_size=group, checkpoint_format=version)
+    assert torch.equal(found.matrix, expected)
+    assert (ref.shape, ref.stored) == ((OUT, IN), version.replace("_", "-"))
+    assert found.rounding.absolute == pytest.approx(float((scale / 2).double().square().mean().sqrt()), rel=1e-6)
+
+
+def test_awq(tmp_path):
+    codes, scale, zero = groups(random(OUT, IN), 4, 32)
+
+    def pack(values):  # AutoAWQ, WQLinear_GEMM.from_linear: nibble i holds column order[i]
+        columns = values.reshape(values.shape[0], -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        return pack_bits(columns.reshape(-1, 8), 4).reshape(values.shape[0], -1)
+
+    tensors = {f"{NAME}.qweight": pack(codes.T), f"{NAME}.qzeros": pack(zero.T), f"{NAME}.scales": scale.T.half()}
+    ref, found = read(tmp_path, tensors, quant_method="awq", bits=4, version="gemm")
+    spread = [values.repeat_interleave(32, 1) for values in (scale, zero)]
+    assert torch.equal(found.matrix, (codes - spread[1]) * spread[0])
+    assert (ref.stored, ref.shape) == ("awq", (OUT, IN))
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def e2m1_codes(*shape):
+    return torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def two_a_byte(codes):
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def test_mxfp4_experts_of_gpt_oss(tmp_path):
+    experts, groups_, rows = 3, 4, 2 * OUT
+    codes = e2m1_codes(experts, rows, groups_ * 32)
+    exponents = torch.randint(118, 124, (experts, rows, groups_), dtype=torch.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    config = {"model_type": "gpt_oss", "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": OUT}
+    config |= {"num_local_experts": experts, "vocab_size": 32, "num_attention_heads": 2, "head_dim": 64}
+    config |= {"num_key_value_heads": 1, "architectures": ["GptOssForCausalLM"]}
+    save_file(
+        {f"{name}_blocks": two_a_byte(codes).reshape(experts, rows, groups_, 16), f"{name}_scales": exponents},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = open_source(tmp_path)
+    inventory = list_matrices(source)
+    expected = E2M1[codes.int()] * torch.exp2(exponents.float() - 127).repeat_interleave(32, -1)
+    assert [(ref.role, ref.expert) for ref in inventory.selected] == [(r, e) for r in ("gate", "up") for e in range(3)]
+    for ref in inventory.selected:
+        start = 0 if ref.role == "gate" else 1
+        found = read_stored(source, ref)
+        assert torch.equal(found.matrix, expected[ref.expert, start::2])
+        assert found.rounding.relative == 2**-2
+    assert inventory.parameters == codes.numel() + exponents.numel()
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "modelopt", "mx"])
+def test_fp4_in_bytes(tmp_path, kind):
+    codes = e2m1_codes(OUT, IN)
+    size = 32 if kind == "mx" else 16
+    scale = (random(OUT, IN // size, scale=1).abs() + 1).to(torch.float8_e4m3fn)
+    tensor_scale = torch.tensor([3.7])
+    if kind == "mx":
+        scale = torch.randint(120, 130, (OUT, IN // size), dtype=torch.uint8)
+        factor, tensors = 2.0 ** (scale.float() - 127), {f"{NAME}.weight_packed": two_a_byte(codes)}
+    elif kind == "modelopt":
+        factor = scale.float() * tensor_scale
+        tensors = {f"{NAME}.weight": two_a_byte(codes), f"{NAME}.weight_scale_2": tensor_scale[0]}
+    else:
+        factor = scale.float() / tensor_scale
+        tensors = {f"{NAME}.weight_packed": two_a_byte(codes), f"{NAME}.weight_global_scale": tensor_scale}
+    ref, found = read(tmp_path, tensors | {f"{NAME}.weight_scale": scale})
+    assert torch.equal(found.matrix, E2M1[codes.int()] * factor.repeat_interleave(size, 1))
+    assert ref.shape == (OUT, IN)
+
+
+def test_int8_by_row_and_by_tensor(tmp_path):
+    q = torch.randint(-127, 128, (OUT, IN), dtype=torch.int8)
+    for index, scale in enumerate((torch.rand(OUT, 1).bfloat16(), torch.rand(1))):
+        _, found = read(tmp_path / str(index), {f"{NAME}.weight": q, f"{NAME}.weight_scale": scale})
+        assert torch.equal(found.matrix, q.float() * scale.float())
+
+
+def test_bitsandbytes_int8(tmp_path):
+    w = random(OUT, IN)
+    largest = w.abs().amax(1)
+    q = (w * 127 / largest[:, None]).round().to(torch.int8)
+    ref, found = read(tmp_path, {f"{NAME}.weight": q, f"{NAME}.SCB": largest, f"{NAME}.weight_format": torch.tensor(0)})
+    assert torch.allclose(found.matrix.double(), q.double() * largest.double()[:, None] / 127, rtol=2**-22, atol=0)
+    assert ref.stored == "bitsandbytes-int8"
+
+
+def test_bitnet(tmp_path):
+    w = torch.randint(-1, 2, (OUT, IN), generator=torch.Generator().manual_seed(0))
+    rows = (w + 1).to(torch.uint8).reshape(4, OUT // 4, IN)
+    packed = rows[0] | rows[1] << 2 | rows[2] << 4 | rows[3] << 6
+    tensors = {f"{NAME}.weight": packed, f"{NAME}.weight_scale": torch.tensor([0.25])}
+    ref, found = read(tmp_path, tensors, quant_method="bitnet")
+    assert torch.equal(found.matrix, w * 0.25)
+    assert ref.shape == (OUT, IN)
+
+
+@pytest.mark.parametrize(
+    "names", [("parametrizations.weight.original1", "parametrizations.weight.original0"), ("weight_v", "weight_g")]
+)
+def test_weight_norm(tmp_path, names):
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(8, 12, 5), dim=2).requires_grad_(False)
+    conv.parametrizations.weight.original0.mul_(1.7)
+    direction, gain = conv.parametrizations.weight.original1, conv.parametrizations.weight.original0
+    ref, found = read(tmp_path, {f"conv.{names[0]}": direction, f"conv.{names[1]}": gain})
+    assert torch.allclose(found.matrix, conv.weight.reshape(12, 40), rtol=1e-6, atol=1e-8)
+    assert (ref.role, ref.stored) == ("conv", "weight-norm")
+
+
+def test_a_live_module_with_weight_norm_too():
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(8, 12, 5), dim=2)
+    report = lmd_hf.analyze(torch.nn.Sequential(conv))
+    expected = torch.linalg.svdvals(conv.weight.detach().double().reshape(12, 40))
+    assert report.matrices[0].singular_values == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("format_", ["gptq", "fp8"])
+def test_tensors_that_do_not_fit_together_are_skipped_with_a_reason(tmp_path, format_):
+    if format_ == "gptq":
+        shapes = {"qweight": (IN // 8, OUT), "qzeros": (5, OUT // 8), "scales": (5, OUT)}
+        kinds = {"scales": torch.half}
+        tensors = {f"{NAME}.{n}": torch.zeros(s, dtype=kinds.get(n, torch.int32)) for n, s in shapes.items()}
+    else:
+        tensors = {f"{NAME}.weight": torch.zeros(OUT, IN).to(torch.float8_e4m3fn)}
+        tensors[f"{NAME}.weight_scale"] = torch.ones(7, 1)
+    save_file(tensors | {"other.weight": torch.eye(4)}, tmp_path / "model.safetensors")
+    report = lmd_hf.analyze(tmp_path)
+    assert [m.name for m in report.matrices] == ["other.weight"]
+    assert any("is no known layout" in s.reason for s in report.coverage.skipped), report.coverage.skipped
+
+
+def test_an_unknown_format_is_listed_with_its_method(tmp_path):
+    save_file({f"{NAME}.codes": torch.zeros(4, 4, dtype=torch.int16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "aqlm"}}))
+    inventory = list_matrices(open_source(tmp_path))
+    assert "stored as I16 by 'aqlm', a format that is not read" in inventory.skipped[0].reason
+
+
+# --- against the formats' own libraries --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_4bit(tmp_path, kind, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = random(OUT, IN)
+    packed, state = functional.quantize_4bit(w, quant_type=kind, compress_statistics=nested, blocksize=64)
+    tensors = {f"{NAME}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    ref, found = read(tmp_path, {f"{NAME}.weight": packed} | tensors, quant_method="bitsandbytes")
+    expected = functional.dequantize_4bit(packed, state)
+    assert torch.allclose(found.matrix, expected, rtol=2**-22, atol=1e-9)
+    assert (found.matrix - w).abs().max() < 0.2 * w.abs().max()
+    assert ref.shape == (OUT, IN)
+    error = float((found.matrix - w).double().square().mean().sqrt())
+    assert error < found.rounding.absolute < 4 * error  # the largest error is above the usual one
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("strategy", "symmetric"), [("group", True), ("group", False), ("channel", False)])
+def test_compressed_tensors_packed(tmp_path, bits, strategy, symmetric):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    size = 64 if strategy == "group" else IN
+    w = random(OUT, IN)
+    arguments = QuantizationArgs(
+        num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=size if strategy == "group" else None
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    _, scale, zero = groups(w, bits, size)
+    zero = torch.zeros_like(zero) if symmetric else zero - 2 ** (bits - 1)
+    state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}
+    compressed = PackedQuantizationCompressor.compress(state, scheme)
+    expected = PackedQuantizationCompressor.decompress(dict(compressed), scheme)["weight"]
+    ref, found = read(tmp_path, {f"{NAME}.{key}": value for key, value in compressed.items()})
+    assert torch.equal(found.matrix, expected.float())
+    assert (ref.stored, ref.shape) == ("pack-quantized", (OUT, IN))
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+def test_torchao_in_safetensors(tmp_path, name):
+    torchao = pytest.importorskip("torchao.quantization")
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    layer = torch.nn.Linear(IN, OUT, bias=False)
+    torchao.quantize_(layer, getattr(torchao, name)())
+    expected = layer.weight.dequantize().detach()
+    tensors, _ = support.flatten_tensor_state_dict({f"{NAME}.weight": layer.weight})
+    ref, found = read(tmp_path, tensors)
+    assert torch.equal(found.matrix, expected)
+    assert ref.stored.startswith("torchao-")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_hqq(tmp_path, bits, axis):
+    """By the definition of HQQ's `Quantizer`: groups are rows (axis 1) or columns (axis 0) of W reshaped."""
+    size = 64
+    w = random(OUT, IN)
+    rows = w.reshape(-1, size) if axis == 1 else w.reshape(size, -1)
+    low, high = rows.amin(axis, keepdim=True), rows.amax(axis, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    zero = -low / scale
+    codes = (rows / scale + zero).round().clamp(0, 2**bits - 1)
+    planes = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[bits]
+    height = math.ceil(len(codes) / planes)
+    padded = torch.nn.functional.pad(codes.int(), (0, 0, 0, height * planes - len(codes)))
+    packed = sum(part << bits * (planes - 1 - index) for index, part in enumerate(padded.split(height)))
+    values = {"W_q": packed.to(torch.int32 if bits == 3 else torch.uint8), "scale": scale, "zero": zero}
+    values |= {"shape": torch.tensor([OUT, IN]), "nbits": torch.tensor(bits), "axis": torch.tensor(axis)}
+    values |= {"group_size": torch.tensor(size), "packing": torch.tensor(list(b"packing"), dtype=torch.uint8)}
+    _, found = read(tmp_path, {f"{NAME}.{key}": value for key, value in values.items()})
+    assert torch.equal(found.matrix, ((codes - zero) * scale).reshape(OUT, IN))
+
+
+# --- what comes out ----------------------------------------------------------------------------------------------
+
+
+def test_stacked_fp8_experts_take_their_own_scales(tmp_path):
+    q = random(3, OUT, IN, scale=1).to(torch.float8_e4m3fn)
+    scale = random(3, OUT, 1, seed=1).abs() + 0.01
+    name = "model.layers.0.mlp.experts.down_proj"
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": OUT, "moe_intermediate_size": IN}
+    config |= {"num_experts": 3, "vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    save_file({name: q, f"{name}_scale": scale}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    source = open_source(tmp_path)
+    found = list_matrices(source).selected
+    assert [(ref.stored, ref.role, ref.expert) for ref in found] == [("fp8 experts", "down", e) for e in range(3)]
+    for ref in found:
+        assert torch.equal(read_stored(source, ref).matrix, q[ref.expert].float() * scale[ref.expert])
+
+
+def test_singular_values_and_rank_of_a_quantised_low_rank_matrix(tmp_path):
+    """Rank 5 stored in 4 bits: the values are those of the dequantised matrix, the rank sees through the steps."""
+    w = random(OUT, 5, scale=1) @ random(5, IN, seed=1, scale=1)
+    codes, scale, zero = groups(w, 4, 64)
+    tensors = {
+        f"{NAME}.qweight": pack_bits(codes, 4).T.contiguous(),
+        f"{NAME}.qzeros": pack_bits(zero.T, 4),
+        f"{NAME}.scales": scale.T.half().contiguous(),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"checkpoint_format": "gptq_v2"}}))
+    row = lmd_hf.analyze(tmp_path).matrices[0]
+    dense = ((codes - zero.repeat_interleave(64, 1)) * scale.repeat_interleave(64, 1)).double()
+    assert row.singular_values == pytest.approx(torch.linalg.svdvals(dense).numpy(), rel=1e-6)
+    assert (row.numerical_rank, row.dtype, row.stored) == (5, "I32", "gptq-v2")
