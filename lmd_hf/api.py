@@ -107,7 +107,8 @@ def compare(
 
     Matrices are paired by name, across prefixes, fused and split projections, tied heads and resized vocabularies; what
     has no partner is listed with its reason. Models are named as for `analyze`; one pair is in memory at a time in each
-    worker. Of `settings`, roles, layers, match and device apply. Raises what `analyze` does.
+    worker. Of `settings`, roles, layers, match and device apply. What could not be read to the end is in
+    `comparison.unread`. Raises what `analyze` does.
     """
     settings = settings or Settings()
     started = time.perf_counter()
@@ -127,7 +128,10 @@ def compare(
         background.shutdown(wait=False, cancel_futures=True)
     timing = {"open": opened - started, "plan": planned - opened, **changes.timing}
     timing["total"] = time.perf_counter() - started
-    return build_comparison(*hashed, settings, matching, replace(changes, timing=timing))
+    comparison = build_comparison(*hashed, settings, matching, replace(changes, timing=timing))
+    if comparison.unread and not comparison.matrices:
+        raise SourceError(f"none of the {len(matching.pairs)} pairs could be compared: {comparison.unread[0].reason}")
+    return comparison
 
 
 _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
     )
     card = commands.add_parser(
-        "card", parents=[model, fetched], help="the model-card section, of a model or of a report.json"
+        "card", parents=[model, fetched], help="the model-card section, of a model, a report.json or a compare.json"
     )
     card.set_defaults(run=_card)
     return parser
@@ -231,14 +231,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    _begin(options)
-    path = Path(options.model)
-    if path.suffix == ".json" or (path / "report.json").is_file():
-        from lmd_hf.report.report import Report
+    from lmd_hf.report.files import read_saved
 
-        report = Report.load(path)
-    else:
-        report = _run_analysis(options)
+    _begin(options)
+    report = read_saved(Path(options.model)) or _run_analysis(options)
     text = report.card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
     _check_complete(report)

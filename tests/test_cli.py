@@ -32,7 +32,7 @@ def test_help_is_fast_and_imports_no_torch():
     answer = run("--help")
     assert time.perf_counter() - started < 1.5  # 0.1 s on a quiet machine; importing torch would take longer than this
     assert answer.returncode == 0
-    for command in ("demo", "plan", "analyze", "card"):
+    for command in ("demo", "plan", "analyze", "compare", "card"):
         assert command in answer.stdout
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, lmd_hf.cli\nlmd_hf.cli._parser()\nprint('torch' in sys.modules)"],
@@ -89,6 +89,77 @@ def test_card_of_a_model_and_of_its_report_are_one(capsys, save, tmp_path):
     assert fresh == from_file == from_folder == json.loads(as_json)["card"] == (tmp_path / "card.md").read_text()
 
 
+def test_compare_prints_a_table_and_writes_files(capsys, save, tmp_path):
+    code, out, err = call(capsys, "compare", save("llama"), save("llama"), "--out", tmp_path / "out")
+    assert code == 0
+    assert "16 matrices and 5 vectors compared" in out
+    assert "attention q" in out
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert written == {"compare.json", "compare.parquet", "card.md", "updates.png", "changes.png"}
+    assert all(name in err for name in written)
+
+
+def test_card_of_a_comparison_is_the_one_that_was_written(capsys, save, tmp_path):
+    call(capsys, "compare", save("llama"), save("llama"), "-q", "--out", tmp_path)
+    for where in (tmp_path, tmp_path / "compare.json"):
+        code, out, _ = call(capsys, "card", where)
+        assert (code, out) == (0, (tmp_path / "card.md").read_text())
+
+
+def test_compare_as_json_is_the_comparison_and_nothing_else(capsys, save):
+    selection = ("--roles", "q,k", "--layers", "-1", "--match", "model.*", "--device", "cpu")
+    code, out, _ = call(capsys, "compare", save("llama"), save("llama"), "--json", *selection)
+    comparison = json.loads(out)
+    assert (code, comparison["schema"]) == (0, "lmd-compare/1")
+    assert [(m["role"], m["layer"], m["update_norm"]) for m in comparison["matrices"]] == [("q", 1, 0), ("k", 1, 0)]
+    assert comparison["settings"] == {"roles": ["q", "k"], "layers": "-1", "match": "model.*", "device": "cpu"}
+
+
+def test_compare_quietly_prints_nothing(capsys, save):
+    code, out, _ = call(capsys, "compare", save("llama"), save("llama"), "-q")
+    assert (code, out) == (0, "")
+
+
+def test_compare_takes_a_revision_of_either_model(capsys, save, hub):
+    for name in ("org/one", "org/two"):
+        hub.add(name, {p.name: p.read_bytes() for p in save("llama").iterdir() if p.is_file()})
+    revisions = ("--base-revision", "main", "--tuned-revision", "main")
+    code, out, _ = call(capsys, "compare", "org/one", "org/two", "--json", *revisions)
+    comparison = json.loads(out)
+    assert code == 0
+    assert [comparison[side]["revision"] for side in ("base", "tuned")] == ["main", "main"]
+    code, _, err = call(capsys, "compare", "org/one", "org/two", "--tuned-revision", "absent")
+    assert code == 1
+    assert "absent" in err
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("kind", ["missing", "empty", "pickle", "truncated", "garbage"])
+def test_compare_names_the_model_that_cannot_be_read(capsys, save, tmp_path, kind, side):
+    models = [save("llama"), save("llama")]
+    models[side] = broken(tmp_path, kind)
+    code, out, err = call(capsys, "compare", *models)
+    assert (code, out) == (1, "")
+    assert err.startswith("lmd-hf: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--roles", "qq"], 1, "no role 'qq'; known:"),
+        (["--match", "nothing*"], 1, "the selection leaves no matrix"),
+        (["--device", "abacus"], 1, "device 'abacus' cannot be used"),
+        (["--out", "/dev/null"], 1, "--out"),
+        (["--metric", "norm"], 2, "usage:"),
+    ],
+)
+def test_compare_refuses_bad_settings(capsys, save, arguments, code, message):
+    found, _, err = call(capsys, "compare", save("llama"), save("llama"), *arguments)
+    assert found == code
+    assert message in err
+
+
 def broken(tmp_path, kind):
     if kind == "missing":
         return tmp_path / "absent"
@@ -122,7 +193,8 @@ def test_hf_debug_shows_the_traceback(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["analyze"], ["analyze", "x", "--metric", "euclid"], ["analyze", "x", "--nope"]]
+    "arguments",
+    [[], ["fly"], ["analyze"], ["compare", "x"], ["analyze", "x", "--metric", "euclid"], ["analyze", "x", "--nope"]],
 )
 def test_bad_usage_exits_2(capsys, arguments):
     code, _, err = call(capsys, *arguments)

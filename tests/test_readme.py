@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save
 
 from lmd_hf import Report
 from lmd_hf.report.text import COLUMNS, matrix_row
@@ -32,9 +34,16 @@ def readme_rows(report, layer=2):
 
 
 @pytest.fixture
-def org_model(hub):
-    """The embedded model on the loopback Hub under the name that the README uses."""
-    hub.add("org/model", {p.name: p.read_bytes() for p in EMBEDDED_FOLDER.iterdir() if p.is_file()})
+def org_model(hub, tmp_path):
+    """The embedded model, and one with a rank-8 update of its queries, on the loopback Hub under the README's names."""
+    files = {p.name: p.read_bytes() for p in EMBEDDED_FOLDER.iterdir() if p.is_file()}
+    hub.add("org/model", files)
+    tensors = load_file(EMBEDDED_FOLDER / "model.safetensors")
+    for name, value in tensors.items():
+        if "q_proj" in name:
+            update = torch.randn(value.shape[0], 8) @ torch.randn(8, value.shape[1]) / value.shape[1] ** 0.5
+            tensors[name] = (value + 0.5 * update).to(value.dtype)
+    hub.add("org/tuned", {**files, "model.safetensors": save(tensors)})
 
 
 def test_the_rows_are_those_of_the_committed_report():
@@ -45,8 +54,11 @@ def test_the_rows_are_those_of_the_committed_report():
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda b: b.splitlines()[0])
 def test_python_blocks_run(block, org_model, capsys):
     exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
     if "analyze" in block:
-        assert "parameters decomposed" in capsys.readouterr().out
+        assert "parameters decomposed" in printed
+    if "compare" in block:
+        assert "change as a whole" in printed
 
 
 def test_shell_blocks_run(org_model, tmp_path):
@@ -59,6 +71,7 @@ def test_shell_blocks_run(org_model, tmp_path):
         assert answer.returncode == 0, answer.stderr
         assert answer.stdout
     assert (tmp_path / "lmd" / "report.json").is_file()
+    assert (tmp_path / "diff" / "compare.json").is_file()
 
 
 def test_both_make_commands_exist():

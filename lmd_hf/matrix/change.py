@@ -14,6 +14,17 @@ from torch import Tensor
 
 from lmd_hf.matrix import dimension
 from lmd_hf.matrix.kernels import UNIT_ROUNDOFF, get_kernel
+from lmd_hf.matrix.subspaces import leading_subspaces, principal_angles
+
+
+@dataclass(frozen=True)
+class Side:
+    """A matrix and the largest error that storing made: `relative` to each entry (floats: the unit roundoff u), or
+    `absolute` (integers and codebooks: a, half a step, root mean square)."""
+
+    matrix: Float[Tensor, "O I"]
+    relative: float
+    absolute: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,33 +72,30 @@ class Drift:
 UNMOVED = Drift(0.0, None, None, 1.0, 0.0, 1.0, 0.0)
 
 
-def measure_change(
-    base_OI: Float[Tensor, "O I"], tuned_OI: Float[Tensor, "O I"], roundoffs: tuple[float, float]
-) -> tuple[Update, Drift]:
-    """Every number of a pair: Δ is formed in float64, whatever the two storage formats (unit roundoffs `roundoffs`).
+def measure_change(base: Side, tuned: Side) -> tuple[Update, Drift]:
+    """Every number of a pair of matrices of one shape; Δ is formed in float64, whatever the two storage formats.
 
     Spectra come from the kernel `exact`, with its error bound. Equal entries give zeros, cos² = 1 and angles of 0,
-    exactly and without any decomposition (so the floor is 0 and n' is `None`). Raises `ValueError` for NaN, infinity
-    and shapes that differ.
+    exactly and without any decomposition (so the floor is 0 and n' is `None`). NaN or infinity raises `ValueError`.
 
     >>> import torch
     >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> update, _ = measure_change(w, w + torch.diag(torch.tensor([0.0, 0.0, 0.5])), (2.0**-24, 2.0**-24))
+    >>> t = w + torch.diag(torch.tensor([0.0, 0.0, 0.5]))
+    >>> update, _ = measure_change(Side(w, 2.0**-24), Side(t, 2.0**-24))
     >>> update.rank, update.norm
     (1, 0.5)
     """
-    if base_OI.shape != tuned_OI.shape:
-        raise ValueError(f"shapes differ: {tuple(base_OI.shape)} and {tuple(tuned_OI.shape)}")
-    base_norm = float(torch.linalg.vector_norm(base_OI, dtype=torch.float64))
-    if not math.isfinite(base_norm):  # one in the tuned alone reaches Δ, and the kernel raises
+    base_OI, tuned_OI = base.matrix, tuned.matrix
+    if not (torch.isfinite(base_OI).all() and torch.isfinite(tuned_OI).all()):
         raise ValueError("the matrix holds NaN or infinity")
-    sides = list(zip((base_OI, tuned_OI), roundoffs, strict=True))
+    base_norm = float(torch.linalg.vector_norm(base_OI, dtype=torch.float64))
     if base_OI.dtype != tuned_OI.dtype or not torch.equal(base_OI, tuned_OI):
         delta_OI = tuned_OI.to(torch.float64) - base_OI
         if delta_OI.any():  # else the same numbers in two formats
-            update = measure_update(delta_OI, rounding_floor(sides), base_norm)
+            errors = [rounding_errors(side) for side in (base, tuned)]
+            update = measure_update(delta_OI, rounding_floor(*errors), base_norm)
             del delta_OI  # its memory serves the subspaces
-            return update, measure_drift(sides)
+            return update, measure_drift(base_OI, tuned_OI, [rounding_floor(each) for each in errors])
     zeros = np.zeros(min(base_OI.shape))
     zeros.flags.writeable = False
     return Update(base_norm, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0.0, zeros), UNMOVED
@@ -120,72 +128,35 @@ def measure_update(delta_OI: Float[Tensor, "O I"], stored_floor: float, base_nor
     )
 
 
-def rounding_floor(sides: list[tuple[Tensor, float]]) -> float:
-    """A spectral norm that the rounding errors of the stored matrices, added up, do not reach.
+def rounding_errors(side: Side) -> tuple[Tensor, Tensor]:
+    """Σ over each row, and over each column, of (u·w_ij)² + a²: squares of the largest errors that storing made."""
+    squares_OI = side.matrix.to(torch.float64).square().mul_(side.relative**2).add_(side.absolute**2)
+    return squares_OI.sum(1), squares_OI.sum(0)
 
-    √(max over rows of Σ_j d²_ij) + √(max over columns of Σ_i d²_ij), d²_ij = Σ over `sides` (W, unit roundoff u) of
-    (u·w_ij)², the largest rounding errors of an entry, taken as independent. For entries of one size this is the
-    δ(√O + √I) of `dimension.numerical_rank`; but real matrices have rows and columns that stand out, and the norm of
-    independent errors follows those (Bandeira & van Handel 2016, Theorem 3.1). On all-MiniLM-L6-v2 rounded to bf16 and
-    fp16 the errors reach 0.40 of this floor at most, and 1.5 of δ(√O + √I).
+
+def rounding_floor(*errors: tuple[Tensor, Tensor]) -> float:
+    """A spectral norm that the rounding errors of stored matrices, added up, do not reach.
+
+    √(max over rows of Σ_j d²_ij) + √(max over columns of Σ_i d²_ij), d²_ij the squared errors of all the matrices at
+    that entry (`rounding_errors`), taken as independent. For entries of one size this is the δ(√O + √I) of
+    `dimension.numerical_rank`; but real matrices have rows and columns that stand out, and the norm of independent
+    errors follows those (Bandeira & van Handel 2016, Theorem 3.1). On all-MiniLM-L6-v2 rounded to bf16 and to fp16 the
+    errors reach 0.40 of this floor at most, and 1.5 of δ(√O + √I).
     """
-    norms = [torch.stack([(u * torch.linalg.vector_norm(w, dim=dim, dtype=torch.float64)) ** 2 for w, u in sides])
-             for dim in (0, 1)]  # fmt: skip
-    return sum(math.sqrt(float(squares.sum(0).max())) for squares in norms)
+    return sum(math.sqrt(float(torch.stack(sums).sum(0).max())) for sums in zip(*errors, strict=True))
 
 
-def measure_drift(sides: list[tuple[Tensor, float]]) -> Drift:
-    """`Drift` between two matrices, each with the unit roundoff of its storage; n' is the base's default."""
-    (base_OI, _), (tuned_OI, _) = sides
-    spectra = [get_kernel("exact")(w).values.numpy() for w, _ in sides]
+def measure_drift(base_OI: Float[Tensor, "O I"], tuned_OI: Float[Tensor, "O I"], floors: list[float]) -> Drift:
+    """`Drift` from one matrix to another, `floors` the rounding of each; n' is the base's default."""
+    spectra = [get_kernel("exact")(w).values.numpy() for w in (base_OI, tuned_OI)]
     (s_base, s_tuned), size = spectra, float(np.linalg.norm(spectra[0]))
     moved = float(np.linalg.norm(s_tuned - s_base)) / size if size > 0 else None
     count, rule = dimension.latent_dimension(s_base, s_base, max(base_OI.shape), "identity")
     if count is None or s_tuned[0] == 0:
         return Drift(moved, count, rule)
-    left, right = (
-        principal_angles(b, t)
-        for b, t in zip(leading_subspaces(base_OI, count), leading_subspaces(tuned_OI, count), strict=True)
-    )
+    sides = zip(leading_subspaces(base_OI, count), leading_subspaces(tuned_OI, count), strict=True)
+    left, right = (principal_angles(b, t) for b, t in sides)
     gaps = [float(s[count - 1] - (s[count] if count < len(s) else 0.0)) for s in spectra]
-    return Drift(
-        moved,
-        count,
-        rule,
-        *left,
-        *right,
-        gap=min(gap / float(s[0]) for gap, s in zip(gaps, spectra, strict=True)),
-        degenerate=any(gap <= rounding_floor([side]) for gap, side in zip(gaps, sides, strict=True)),
-    )
-
-
-def leading_subspaces(w_OI: Float[Tensor, "O I"], count: int) -> tuple[Float[Tensor, "O K"], Float[Tensor, "I K"]]:
-    """Orthonormal bases, float64, of the top-`count` left and right singular subspaces of W ≠ 0.
-
-    The short side's from the eigenvectors of the Gram matrix, the long side's by QR of W times them. Their angle to the
-    exact subspace is some 8·2⁻⁵³·σ₁²/(σ_K² − σ_{K+1}²) (Davis & Kahan 1970): the gap decides what they mean.
-    """
-    tall = w_OI.shape[0] >= w_OI.shape[1]
-    w_LK = (w_OI if tall else w_OI.T).to(torch.float64)
-    if w_OI.dtype == torch.float64:  # squares of shorter types always fit
-        w_LK = w_LK / w_LK.abs().max()
-    if w_LK.device.type == "cpu":  # numpy's LAPACK lets other threads run
-        array = w_LK.numpy()
-        vectors = torch.from_numpy(np.linalg.eigh(array.T @ array)[1])
-    else:
-        vectors = torch.linalg.eigh(w_LK.T @ w_LK).eigenvectors
-    short = vectors[:, -count:]
-    long = torch.linalg.qr(w_LK @ short).Q
-    return (long, short) if tall else (short, long)
-
-
-def principal_angles(a_NK: Float[Tensor, "N K"], b_NK: Float[Tensor, "N K"]) -> tuple[float, float]:
-    """(mean of cos²θ, largest θ in degrees) over the principal angles θ between the spans of two orthonormal bases.
-
-    cos θ are the singular values of AᵀB, and sin θ those of B − A·AᵀB, which tells angles near 0 apart where cos θ
-    rounds to 1 (Björck & Golub 1973).
-    """
-    cross_KK = a_NK.T @ b_NK
-    sines = torch.linalg.svdvals(b_NK - a_NK @ cross_KK).clamp_max(1)
-    largest = float(torch.rad2deg(torch.asin(sines[0])))
-    return float(1 - (sines**2).mean()), largest
+    gap = min(gap / float(s[0]) for gap, s in zip(gaps, spectra, strict=True))
+    degenerate = any(gap <= floor for gap, floor in zip(gaps, floors, strict=True))
+    return Drift(moved, count, rule, *left, *right, gap, degenerate)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmd_hf import __version__
 from lmd_hf.errors import FormatError
-from lmd_hf.records import Changes, Matching, MatrixChange, ModelIdentity, Settings, Unmatched, VectorChange
+from lmd_hf.records import UNREAD, Changes, Matching, MatrixChange, ModelIdentity, Settings, Unmatched, VectorChange
 from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
 
 
@@ -43,6 +43,11 @@ class Comparison:
 
     def __str__(self) -> str:
         return f"{self.summary()}\n\n{self.table()}"
+
+    @property
+    def unread(self) -> tuple[Unmatched, ...]:
+        """What was to be compared and could not be read, a fault of the network or of a file: run again for it."""
+        return tuple(item for item in self.unmatched if item.reason.startswith(UNREAD))
 
     def summary(self) -> str:
         """What changed, in a few plain lines: coverage, key figures by role, vectors, and what was not compared."""

@@ -2,6 +2,7 @@
 
 import html as markup
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
@@ -36,6 +37,7 @@ ROLE_COLUMNS = (
     "cos² out",
     "cos² in",
 )
+WELL_DEFINED = "~ cos² of subspaces that rounding alone may turn: nearly equal singular values at n'"
 LISTED = 20  # tensors without a partner that the summary names
 
 
@@ -48,6 +50,7 @@ def summary(comparison: "Comparison") -> str:
         *(f"note: {note}" for note in comparison.coverage["notes"]),
         "",
         tabulate(roles, headers=ROLE_COLUMNS, disable_numparse=True),
+        *(["", WELL_DEFINED] if any(m.degenerate for m in comparison.matrices) else []),
         *(["", *unmatched_lines(comparison, LISTED)] if comparison.unmatched else []),
     ]
     return "\n".join(lines)
@@ -64,8 +67,7 @@ def headlines(comparison: "Comparison") -> list[str]:
     same = sum(matrix.identical for matrix in matrices)
     lines = [
         f"{len(matrices)} matrices and {len(vectors)} vectors compared: {coverage['compared']:,} of "
-        f"{coverage['parameters']:,} parameters of the base ({percent(coverage['fraction'])}); "
-        f"{same} matrices are identical"
+        f"{coverage['parameters']:,} parameters of the base ({percent(coverage['fraction'])}); identical: {same}"
     ]
     if matrices:
         lines.append(f"change as a whole: ‖ΔW‖ is {share(total_change(comparison))} of ‖W‖, over all matrices")
@@ -109,13 +111,19 @@ def role_row(role: str, matrices: list[MatrixChange]) -> tuple[str, ...]:
         role,
         str(len(matrices)),
         str(sum(not m.identical for m in matrices)),
-        spread([m.relative_update for m in matrices], share),
-        spread([m.update_rank for m in matrices], rounded(0)),
-        spread([m.update_energy_rank_90 for m in matrices], rounded(0)),
-        spread([m.spectrum_drift for m in matrices], share),
-        spread([m.left_cos2 for m in matrices], overlap),
-        spread([m.right_cos2 for m in matrices], overlap),
+        _range([m.relative_update for m in matrices], share),
+        _range([m.update_rank for m in matrices], rounded(0)),
+        _range([m.update_energy_rank_90 for m in matrices], rounded(0)),
+        _range([m.spectrum_drift for m in matrices], share),
+        _range([m.left_cos2 for m in matrices], overlap),
+        _range([m.right_cos2 for m in matrices], overlap),
     )
+
+
+def _range(values: Sequence[float | None], show: Callable[[float | None], str]) -> str:
+    """`spread`, in one word where all are shown alike."""
+    shown = {show(value) for value in values if value is not None}
+    return shown.pop() if len(shown) == 1 else spread(values, show)
 
 
 def table(comparison: "Comparison", *, limit: int | None = None) -> str:

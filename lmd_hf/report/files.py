@@ -77,6 +77,13 @@ def read_comparison(folder: Path) -> Comparison:
     return replace(comparison, matrices=_with_spectra(comparison.matrices, path.parent / COMPARE_PARQUET))
 
 
+def read_saved(path: Path) -> Report | Comparison | None:
+    """The report or the comparison in a folder, or the one that `path` itself is; `None` where there is neither."""
+    if path.name == COMPARE_JSON or ((path / COMPARE_JSON).is_file() and not (path / JSON).is_file()):
+        return read_comparison(path)
+    return read_report(path) if path.suffix == ".json" or (path / JSON).is_file() else None
+
+
 def _read_text(path: Path, what: str, command: str) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -33,10 +33,9 @@ CHANGES: dict[str, Callable[[MatrixChange], float | None]] = {
     "‖ΔW‖ / ‖W‖": lambda m: m.relative_update,
     "update rank / k": lambda m: m.update_rank / min(m.shape),
     "drift of S'": lambda m: m.spectrum_drift,
-    "cos², top n' out": lambda m: m.left_cos2,
-    "cos², top n' in": lambda m: m.right_cos2,
+    "cos², top n'": lambda m: None if m.left_cos2 is None or m.right_cos2 is None else min(m.left_cos2, m.right_cos2),
 }
-SHOWN = 1e-6  # of the largest singular value of an update: what lies below is left out of the figure
+SHOWN = 1e-5  # of the largest change of any matrix: what lies below is left out of the figure
 
 
 def figures(report: "Report") -> dict[str, Figure]:
@@ -74,14 +73,16 @@ def spectra(report: "Report") -> Figure:
 
 
 def updates(matrices: tuple[MatrixChange, ...], names: str) -> Figure:
-    """σᵢ(ΔW)/‖W‖_F against i, as `spectra`; a dot marks the update rank: beyond it rounding may be all there is."""
+    """σᵢ(ΔW)/‖W‖_F against i, as `spectra` but on one scale; a dot marks the update rank: beyond it rounding explains
+    the rest."""
     figure, panels = _panels(matrices)
+    top = max((m.update_spectral_norm / m.base_norm for m in matrices if m.base_norm), default=0.0) or 1.0
     for axes, group, color in panels:
         for matrix in group:
             _update(axes, matrix, color(matrix))
-        axes.set(xscale="log", yscale="log")
-        if all(matrix.identical or not matrix.base_norm for matrix in group):
-            axes.set(xticks=[], yticks=[])
+        longest = max(min(matrix.shape) for matrix in group)
+        axes.set(xscale="log", yscale="log", ylim=(top * SHOWN, top * 1.5), xlim=(0.9, 1.1 * longest))
+        if all(matrix.identical for matrix in group):
             axes.text(0.5, 0.5, "identical", transform=axes.transAxes, ha="center", va="center", color="0.45")
     _label(figure, panels, "σᵢ(ΔW) / ‖W‖", "i")
     figure.suptitle(f"What changed: {names} (dots: update rank)", fontsize="medium")
@@ -168,8 +169,7 @@ def _update(axes: Axes, matrix: MatrixChange, color: Any) -> None:
         return
     values = matrix.singular_values / matrix.base_norm
     ranks = np.array(matrix.singular_value_ranks or np.arange(1, len(values) + 1))
-    seen = values > values[0] * SHOWN  # what is exactly zero but for the arithmetic would stretch the axis
-    axes.plot(ranks[seen], values[seen], color=color, linewidth=0.9, marker="." if len(values) == 1 else "")
+    axes.plot(ranks, values, color=color, linewidth=0.9, marker="." if len(values) == 1 else "")
     if matrix.update_rank:
         nearest = int(np.abs(ranks - matrix.update_rank).argmin())
         axes.plot(ranks[nearest], values[nearest], "o", color=color, markersize=3)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
-from lmd_hf.matrix.change import Drift, Update, measure_change
-from lmd_hf.records import Changes, Matching, MatrixChange, MatrixRef, Pair, TensorRef, Unmatched, VectorChange
+from lmd_hf.matrix.change import Drift, Side, Update, measure_change
+from lmd_hf.records import UNREAD, Changes, Matching, MatrixChange, MatrixRef, Pair, TensorRef, Unmatched, VectorChange
 from lmd_hf.run.execute import count_workers, environment, pick_device, worker_pool
 from lmd_hf.weights.source import Source
-from lmd_hf.weights.stored import Stored, read_stored
+from lmd_hf.weights.stored import read_stored
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -58,27 +58,31 @@ def compare_all(
 
 def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device) -> MatrixChange | Unmatched:
     rows, columns = pair.shape
-    sides: list[Stored] = []
-    for side, source, ref in (("base", base, pair.base), ("tuned", tuned, pair.tuned)):
+    models = (("base", base, pair.base), ("tuned", tuned, pair.tuned))
+    sides: list[Side] = []
+    for name, source, ref in models:
         try:
             stored = read_stored(source, ref)
         except (NoDataError, SourceError, FormatError, ValueError) as error:
-            return Unmatched(side, ref.name, ref.part, ref.shape, str(error))
-        w = stored.matrix[:rows, :columns].to(device)
-        if reason := _not_finite(w):
-            return Unmatched(side, ref.name, ref.part, ref.shape, reason)
-        sides.append(replace(stored, matrix=w))
-    roundoffs = (_roundoff(sides[0]), _roundoff(sides[1]))
-    return _to_row(pair, *measure_change(sides[0].matrix, sides[1].matrix, roundoffs))
+            return Unmatched(name, ref.name, ref.part, ref.shape, _why(error))
+        common = stored.matrix[:rows, :columns].to(device)
+        if common.element_size() == 1:  # torch has no arithmetic on 8-bit floats; wider ones hold them exactly
+            common = common.to(torch.float32)
+        sides.append(Side(common, stored.rounding.relative, stored.rounding.absolute))
+    try:
+        return _to_row(pair, *measure_change(*sides))
+    except ValueError:  # NaN or infinity
+        reasons = ((name, ref, _bad(side.matrix)) for (name, _, ref), side in zip(models, sides, strict=True))
+        name, ref, reason = next(item for item in reasons if item[2])
+        return Unmatched(name, ref.name, ref.part, ref.shape, reason)
 
 
-def _roundoff(side: Stored) -> float:
-    """The rounding of storage relative to the entries; a step of integers, relative to their root mean square."""
-    size = float(torch.linalg.vector_norm(side.matrix, dtype=torch.float64)) / math.sqrt(max(1, side.matrix.numel()))
-    return math.hypot(side.rounding.relative, side.rounding.absolute / size if size > 0 else 0.0)
+def _why(error: Exception) -> str:
+    """What keeps a tensor from being compared: itself, or that its bytes did not come."""
+    return f"{UNREAD}: {error}" if isinstance(error, (SourceError, FormatError)) else str(error)
 
 
-def _not_finite(w: Tensor) -> str:
+def _bad(w: Tensor) -> str:
     """Why these numbers cannot be compared, "" if they can."""
     bad = int(w.numel() - torch.isfinite(w).sum().item())
     return f"holds NaN or infinity ({bad} of {w.numel()} entries)" if bad else ""
@@ -144,14 +148,15 @@ def _compare_vector(a: TensorRef, b: TensorRef, base: Source, tuned: Source) -> 
     for side, source, tensor in (("base", base, a), ("tuned", tuned, b)):
         if tensor.dtype not in FLOATS:
             return Unmatched(side, tensor.name, "", tensor.shape, f"a vector stored as {tensor.dtype}")
+        flat = replace(tensor, shape=(math.prod(tensor.shape),))  # a scalar has no axis to read along
         try:
-            value = source.read(tensor).to("cpu", torch.float64)
-        except NoDataError as error:
-            return Unmatched(side, tensor.name, "", tensor.shape, str(error))
-        if reason := _not_finite(value):
+            value = source.read(flat).to("cpu", torch.float64)
+        except (NoDataError, SourceError, FormatError) as error:
+            return Unmatched(side, tensor.name, "", tensor.shape, _why(error))
+        if reason := _bad(value):
             return Unmatched(side, tensor.name, "", tensor.shape, reason)
         values.append(value)
     change, size = values[1] - values[0], float(values[0].norm())
-    largest = float(change.abs().max()) if change.numel() else 0.0
+    largest = float(change.abs().max())
     relative = 0.0 if largest == 0 else float(change.norm()) / size if size > 0 else None
     return VectorChange(a.name, b.name, a.shape, largest, relative)

@@ -43,7 +43,7 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
         for p in found
         if wanted(p.base) and not (p.base.name in ties[0] and p.tuned.name in ties[1])
     ]
-    if (base.selected or tuned.selected) and not any(wanted(ref) for ref in left.values()):
+    if base.selected and not any(wanted(ref) for ref in left.values()):
         raise nothing_left(settings)
     paired = ({(p.base.name, p.base.part) for p in found}, {(p.tuned.name, p.tuned.part) for p in found})
     alone = [
@@ -52,7 +52,7 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
     ]
     vectors: tuple[tuple[str, str], ...] = ()
     if not (settings.roles or settings.layers or settings.match):
-        vectors, lone = _vectors(base.skipped, tuned.skipped, renamings)
+        vectors, lone = _vectors(base.skipped, tuned.skipped, renamings, found)
         alone += lone + _skipped(base.skipped, tuned.skipped)
     return Matching(
         pairs=tuple(pairs),
@@ -128,16 +128,8 @@ def _by_name(left: Refs, right: Refs, renaming: tuple[str, str], fits: Fits) -> 
     old, new = renaming
     for (name, part), a in left.items():
         b = right.get((new + name.removeprefix(old), part)) if name.startswith(old) else None
-        if b is not None and (b := _laid_out_as(a, b)) and fits(a, b) and (old == new or _agree(a, b)):
+        if b is not None and fits(a, b) and (old == new or _agree(a, b)):
             yield a, b
-
-
-def _laid_out_as(a: MatrixRef, b: MatrixRef) -> MatrixRef:
-    """`b` turned the way that `a` is read, if their tensors are stored in one shape: one of them may lack the
-    configuration that says how its matrices are stored."""
-    if a.transposed == b.transposed or a.rows or b.rows or a.tensors[0].shape != b.tensors[0].shape:
-        return b
-    return replace(b, transposed=a.transposed, shape=b.shape[::-1])
 
 
 def _agree(a: MatrixRef, b: MatrixRef) -> bool:
@@ -145,7 +137,8 @@ def _agree(a: MatrixRef, b: MatrixRef) -> bool:
 
 
 def _renamings(left: Refs, right: Refs, fits: Fits) -> list[tuple[str, str]]:
-    """(prefix of the base, prefix of the tuned) by which names differ, the one that explains most matrices first."""
+    """(prefix of the base, prefix of the tuned) by which names differ, the one that explains most matrices first; none
+    that another one with the same prefix on a side explains as well."""
     tails = defaultdict(list)
     for b in right.values():
         tails[_tail(b)].append(b)
@@ -153,7 +146,8 @@ def _renamings(left: Refs, right: Refs, fits: Fits) -> list[tuple[str, str]]:
         _prefixes(a.name, b.name) for a in left.values() for b in tails[_tail(a)] if fits(a, b) and _agree(a, b)
     )
     ranked = sorted(votes, key=lambda renaming: (-votes[renaming], renaming))
-    return [renaming for renaming in ranked if renaming != ("", "")]
+    rivals = Counter((side, r[side], votes[r]) for r in ranked for side in (0, 1))
+    return [r for r in ranked if r != ("", "") and all(rivals[side, r[side], votes[r]] == 1 for side in (0, 1))]
 
 
 def _tail(ref: MatrixRef) -> Key:
@@ -212,22 +206,34 @@ def _alone(side: str, refs: list[MatrixRef], paired: set[Key], others: Refs, oth
 
 
 def _vectors(
-    base: tuple[Skipped, ...], tuned: tuple[Skipped, ...], renamings: list[tuple[str, str]]
+    base: tuple[Skipped, ...], tuned: tuple[Skipped, ...], renamings: list[tuple[str, str]], found: list[Pair]
 ) -> tuple[tuple[tuple[str, str], ...], list[Unmatched]]:
-    """Vectors of one name, renamed as the matrices are, and one shape; the others."""
-    left, right = ({item.name: item for item in side if item.reason == "vector"} for side in (base, tuned))
+    """Vectors of one shape and one name, renamed as the matrices are, or biases of a pair; and the others."""
+    left, right = (
+        {item.name: item for item in side if item.reason == "vector" and 0 not in item.shape} for side in (base, tuned)
+    )
+    candidates = [
+        (name, new + name.removeprefix(old))
+        for old, new in (("", ""), *renamings)
+        for name in left
+        if name.startswith(old)
+    ]
+    candidates += [(_bias(pair.base.name), _bias(pair.tuned.name)) for pair in found]
     pairs: dict[str, str] = {}
     taken: set[str] = set()
-    for old, new in (("", ""), *renamings):
-        for name, item in left.items():
-            partner = right.get(new + name.removeprefix(old)) if name.startswith(old) and name not in pairs else None
-            if partner is not None and partner.shape == item.shape and partner.name not in taken:
-                pairs[name] = partner.name
-                taken.add(partner.name)
+    for name, other in candidates:
+        free = name in left and other in right and name not in pairs and other not in taken
+        if free and left[name].shape == right[other].shape:
+            pairs[name] = other
+            taken.add(other)
     lone = [("base", item) for item in left.values() if item.name not in pairs]
     lone += [("tuned", item) for item in right.values() if item.name not in taken]
     ordered = tuple((name, pairs[name]) for name in left if name in pairs)
     return ordered, [Unmatched(side, i.name, "", i.shape, "a vector with no partner") for side, i in lone]
+
+
+def _bias(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
 
 
 def _skipped(base: tuple[Skipped, ...], tuned: tuple[Skipped, ...]) -> list[Unmatched]:
