@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import tqdm
 
+from lmd_hf.changes import Pair
 from lmd_hf.errors import SettingsError, SourceError
-from lmd_hf.records import MatrixRef, Pair, Plan, Settings, Work
+from lmd_hf.records import MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
@@ -40,6 +41,7 @@ def analyze(
     subfolder: str = "",
     token: str | bool | None = None,
     download: bool = False,
+    base: str | Path | None = None,
     metric: str = "identity",
     kernel: str = "auto",
     roles: tuple[str, ...] = (),
@@ -51,13 +53,15 @@ def analyze(
 
     `model` is a folder in Hub layout, a `.safetensors` file, a Hub id or a live module; weights are read one tensor at
     a time and the model is never built with real memory. Of a Hub id only the tensors that are selected are fetched,
-    and not kept; `download` keeps whole files in the cache. The keywords after it are the fields of `Settings`.
+    and not kept; `download` keeps whole files in the cache. A PEFT LoRA adapter gives one row for each pair, the update
+    that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
+    the updates added. The keywords after that are the fields of `Settings`.
     Every stored parameter is accounted for: decomposed, or skipped with its reason; what could not be read to the end
     is in `report.unread`. Raises `SourceError`, `FormatError` or `SettingsError`, each with its remedy.
     """
     settings = Settings(metric, kernel, tuple(roles), layers, match, device)
     started = time.perf_counter()
-    source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download)
+    source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download, base=base)
     opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:
@@ -84,11 +88,12 @@ def plan(
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
+    base: str | Path | None = None,
     settings: Settings | None = None,
 ) -> Plan:
     """What `analyze` would do, from headers alone: no weight is fetched or read. Half a second of the same arithmetic
     on random numbers tells how long it would take here."""
-    source = open_source(model, revision=revision, subfolder=subfolder, token=token)
+    source = open_source(model, revision=revision, subfolder=subfolder, token=token, base=base)
     todo = make_plan(list_matrices(source), source.identity, settings or Settings())
     return replace(todo, estimate=estimate(todo, source))
 
@@ -139,7 +144,7 @@ _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f
 
 def _ahead(source: Source, settings: Settings) -> AbstractContextManager[HeadStart | None]:
     """The matrices that names alone reveal, under way. A live module needs none: its libraries are imported."""
-    if source.module is not None or settings.metric != "identity":
+    if source.module is not None or source.updates or settings.metric != "identity":
         return nullcontext()
     try:
         early = make_plan(list_by_name(source), source.identity, settings)

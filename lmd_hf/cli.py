@@ -67,9 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="machine-readable output on stdout, all else on stderr")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no table")
     model = argparse.ArgumentParser(add_help=False, parents=[common])
-    model.add_argument("model", metavar="MODEL", help="a Hub id, a folder in Hub layout or a .safetensors file")
+    model.add_argument("model", metavar="MODEL", help="a Hub id, a folder in Hub layout or a weight file")
     model.add_argument("--revision", help="branch, tag or commit of a Hub id")
     model.add_argument("--subfolder", default="", help="folder inside the repository or folder")
+    model.add_argument("--base", help="of a LoRA adapter: decompose this base with it added (auto: the one it names)")
     for field in dataclasses.fields(_settings()):
         _add_setting(model, field)
     written = argparse.ArgumentParser(add_help=False)
@@ -155,7 +156,7 @@ def _analyze(options: argparse.Namespace) -> None:
 def _run_analysis(options: argparse.Namespace) -> Any:
     from lmd_hf.api import analyze
 
-    where = {name: getattr(options, name) for name in ("revision", "subfolder", "download")}
+    where = {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base")}
     return analyze(options.model, **where, **_chosen_settings(options))
 
 
@@ -203,6 +204,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.model,
         revision=options.revision,
         subfolder=options.subfolder,
+        base=options.base,
         settings=Settings(**_chosen_settings(options)),
     )
     print(json.dumps(plan_to_dict(todo), indent=1) if options.json else plan_to_text(todo, brief=options.quiet))

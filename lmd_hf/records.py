@@ -49,6 +49,27 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """An update ΔW = scale · left · right of thin factors, left (out, r) and right (r, in). `magnitude` is DoRA's
+    length of every row of the sum; `experts` > 1 says that so many experts' factors lie in the two tensors."""
+
+    left: TensorRef
+    right: TensorRef
+    scale: float
+    magnitude: TensorRef | None = None
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Factored:
+    """scale · left · right with tensors left (O × r) and right (r × I): a matrix that is never multiplied out."""
+
+    left: Any
+    right: Any
+    scale: float
+
+
+@dataclass(frozen=True)
 class Weight:
     """One weight as the network knows it: the name and shape that its module gives it, however it is stored.
 
@@ -61,6 +82,7 @@ class Weight:
     dtype: str
     format: str
     tensors: tuple[TensorRef, ...]
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,8 @@ class MatrixRef:
     `expert` picks along their first axis; `transposed` says that the weight is (in, out); `rows` are the slices
     (start, stop, step) of the out axis that belong to this matrix, all if empty.
     `activation` is the function after (gate, up) or before (down) it, `None` outside an MLP; `gated` says that a gate
-    multiplies it. `tied_to` names a stored tensor that should hold the same numbers.
+    multiplies it. `tied_to` names a stored tensor that should hold the same numbers. `low_rank` is the matrix itself
+    where `stored` is `lora`, else an update that is added to it.
     """
 
     name: str
@@ -99,6 +122,7 @@ class MatrixRef:
     activation: str | None = None
     gated: bool = False
     tied_to: str | None = None
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -270,116 +294,5 @@ class Results:
     matrices: tuple[MatrixReport, ...]
     skipped: tuple[Skipped, ...]
     aliases: tuple[Alias, ...]
-    environment: dict[str, Any]
-    timing: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One matrix in two models. `matched` says by what: `name`, `prefix` (the names differ by one), `place` (stack,
-    block, role and layer). `tied` is the side, `base` or `tuned`, that does not store it but ties it to another tensor.
-    `shape` is what they have in common: of two vocabularies the first min(V) tokens."""
-
-    base: MatrixRef
-    tuned: MatrixRef
-    matched: str
-    tied: str
-    shape: tuple[int, int]
-    flops: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Unmatched:
-    """A tensor that was not compared, and why. `side` is the model that it is in: `base`, `tuned` or `both`."""
-
-    side: str
-    name: str
-    part: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Matching:
-    """Two models laid side by side, from headers alone. `vectors` are names (base, tuned) of equally long vectors,
-    `parameters` is what the base stores."""
-
-    pairs: tuple[Pair, ...]
-    vectors: tuple[tuple[str, str], ...]
-    unmatched: tuple[Unmatched, ...]
-    parameters: int
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MatrixChange:
-    """All numbers of one matrix in two models; `matrix.change` says what they are.
-
-    `name`, `part` and places are the base's; `matched` and `tied` are the `Pair`'s. `tokens_added` is how much longer
-    the tuned model's vocabulary is (negative: shorter); the tokens in common are compared. The `update_…` and
-    `singular_values` are those of ΔW = W_tuned − W_base, the `left_…` and `right_…` those of the principal angles
-    between the top-n' subspaces, n' the base's `latent_dim`. `identical` matrices have zeros throughout and cos² = 1.
-    """
-
-    name: str
-    part: str
-    tuned_name: str
-    tuned_part: str
-    matched: str
-    tied: str
-    stack: str
-    block: str
-    role: str
-    layer: int | None
-    shape: tuple[int, int]
-    tokens_added: int
-    dtype: str
-    tuned_dtype: str
-    identical: bool
-    base_norm: float
-    update_norm: float
-    relative_update: float | None
-    update_spectral_norm: float
-    update_floor: float
-    update_rank: int
-    update_energy: float
-    update_stable_rank: float
-    update_effective_rank: float
-    update_energy_rank_90: int
-    update_energy_rank_95: int
-    update_energy_rank_99: int
-    spectrum_drift: float | None
-    latent_dim: int | None
-    latent_dim_rule: str | None
-    left_cos2: float | None
-    left_angle: float | None
-    right_cos2: float | None
-    right_angle: float | None
-    gap: float | None
-    degenerate: bool
-    error_bound: float
-    singular_value_ranks: tuple[int, ...] | None
-    singular_values: np.ndarray = field(compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class VectorChange:
-    """A norm's gain, a bias or another vector in two models: the largest change of an entry, and of the whole."""
-
-    name: str
-    tuned_name: str
-    shape: tuple[int, ...]
-    largest_change: float
-    relative_change: float | None
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What comparing hands to the report: rows in the order of the matching, and what turned out to be no row."""
-
-    matrices: tuple[MatrixChange, ...]
-    vectors: tuple[VectorChange, ...]
-    unmatched: tuple[Unmatched, ...]
     environment: dict[str, Any]
     timing: dict[str, float]

@@ -42,10 +42,11 @@ def energy_rank(sigma: Float[ndarray, " k"], share: float) -> int | None:
     return min(int(np.searchsorted(np.cumsum(energies), share * (1 - 1e-12))) + 1, len(sigma))
 
 
-def expressivity(sigma: Float[ndarray, " k"]) -> float | None:
-    """H(λ/Σλ)/ln k, in [0, 1]: 0 when one direction carries all, 1 when all carry the same; `None` for k = 1."""
-    rank = effective_rank_energy(sigma)
-    return None if rank is None or len(sigma) < 2 else math.log(rank) / math.log(len(sigma))
+def expressivity(sigma: Float[ndarray, " r"], k: int | None = None) -> float | None:
+    """H(λ/Σλ)/ln k, in [0, 1]: 0 when one direction carries all, 1 when all k = min(m, n) of them carry the same;
+    `None` for k = 1. Where k (else r) is given, the values that are not in `sigma` are 0."""
+    k, rank = k or len(sigma), effective_rank_energy(sigma)
+    return None if rank is None or k < 2 else math.log(rank) / math.log(k)
 
 
 def numerical_rank(sigma: Float[ndarray, " m"], n: int, relative: float, absolute: float = 0.0) -> int:
@@ -70,7 +71,8 @@ def latent_dimension(
 ) -> tuple[int | None, str | None]:
     """(n', the rule that gave it). `kept` is S', `raw` is σ(W); they are the same under the identity metric.
 
-    Gavish–Donoho on σ(W) under `identity` and `norm` when it keeps anything, else the 90 % energy rank of S'.
+    Gavish–Donoho on σ(W) under `identity` and `norm` when it keeps anything, else the 90 % energy rank of S'; always
+    that for a `product` of thin factors, which has no noise to tell apart.
     """
     if metric in ("identity", "norm") and raw[0] > 0 and (count := gavish_donoho(raw, n)) > 0:
         return count, "gavish-donoho"

@@ -7,6 +7,7 @@ from lmd_hf import __version__
 from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
 from lmd_hf.report.report import SCHEMA, Report
+from lmd_hf.weights.inventory import pieces
 
 
 NO_EVIDENCE = {"verdict": "unknown", "evidence": []}
@@ -32,7 +33,8 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Repor
 def _coverage(plan: Plan, results: Results) -> Coverage:
     skipped = plan.skipped + results.skipped
     aliases = plan.aliases + results.aliases
-    decomposed = sum(math.prod(matrix.shape) for matrix in results.matrices)
+    stored = {(work.ref.name, work.ref.part): pieces(work.ref) for work in plan.works}
+    decomposed = sum(math.prod(shape) for m in results.matrices for _, shape in stored[m.name, m.part])
     passed = sum(math.prod(s.shape) for s in skipped) + sum(math.prod(a.shape) for a in aliases if a.stored)
     assert decomposed + passed == plan.parameters, "every stored parameter must be accounted for"
     fraction = decomposed / plan.parameters if plan.parameters else 0.0

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmd_hf import __version__
+from lmd_hf.changes import Changes, Matching, MatrixChange, Unmatched, VectorChange
 from lmd_hf.errors import FormatError
-from lmd_hf.records import UNREAD, Changes, Matching, MatrixChange, ModelIdentity, Settings, Unmatched, VectorChange
+from lmd_hf.records import UNREAD, ModelIdentity, Settings
 from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import MatrixChange
+from lmd_hf.changes import MatrixChange
 from lmd_hf.report.card import escape
 from lmd_hf.report.compare_text import ROLE_COLUMNS, headlines, identity, role_row, share, unmatched_lines
 from lmd_hf.report.text import by_role, matrix_label

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import MatrixChange, ModelIdentity, Unmatched
+from lmd_hf.changes import MatrixChange, Unmatched
+from lmd_hf.records import ModelIdentity
 from lmd_hf.report.text import by_role, matrix_label, percent, rounded, spread
 
 

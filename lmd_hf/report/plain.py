@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lmd_hf.changes import MatrixChange
 from lmd_hf.errors import FormatError
-from lmd_hf.records import MatrixChange, MatrixReport, ModelIdentity, WeightFile
+from lmd_hf.records import MatrixReport, ModelIdentity, WeightFile
 
 
 KEPT_VALUES = 512  # singular values of a matrix in JSON; the parquet file has all of them

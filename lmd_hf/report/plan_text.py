@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from lmd_hf.records import Estimate, Plan
 from lmd_hf.report.text import percent, reasons
+from lmd_hf.weights.inventory import pieces
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -78,4 +79,4 @@ def _costs(estimate: Estimate) -> str:
 
 
 def _planned(plan: Plan) -> int:
-    return sum(math.prod(work.ref.shape) for work in plan.works)
+    return sum(math.prod(shape) for work in plan.works for _, shape in pieces(work.ref))

@@ -13,7 +13,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lmd_hf.records import MatrixChange, MatrixReport
+from lmd_hf.changes import MatrixChange
+from lmd_hf.records import MatrixReport
 from lmd_hf.report.plain import Row
 from lmd_hf.report.text import by_role
 

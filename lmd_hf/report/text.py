@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import Coverage, MatrixChange, MatrixReport, Skipped
+from lmd_hf.changes import MatrixChange
+from lmd_hf.records import Coverage, MatrixReport, Skipped
 from lmd_hf.report.plain import Row
 
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lmd_hf.changes import Changes, Matching, MatrixChange, Pair, Unmatched, VectorChange
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.change import Drift, Side, Update, measure_change
-from lmd_hf.records import UNREAD, Changes, Matching, MatrixChange, MatrixRef, Pair, TensorRef, Unmatched, VectorChange
+from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
 from lmd_hf.run.execute import count_workers, environment, pick_device, worker_pool
+from lmd_hf.weights.lora import multiplied
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import read_stored
 
@@ -65,7 +67,8 @@ def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device)
             stored = read_stored(source, ref)
         except (NoDataError, SourceError, FormatError, ValueError) as error:
             return Unmatched(name, ref.name, ref.part, ref.shape, _why(error))
-        common = stored.matrix[:rows, :columns].to(device)
+        whole = multiplied(stored.matrix) if isinstance(stored.matrix, Factored) else stored.matrix
+        common = whole[:rows, :columns].to(device)
         if common.element_size() == 1:  # torch has no arithmetic on 8-bit floats; wider ones hold them exactly
             common = common.to(torch.float32)
         sides.append(Side(common, stored.rounding.relative, stored.rounding.absolute))

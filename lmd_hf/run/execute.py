@@ -16,15 +16,16 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
-from lmd_hf.matrix.kernels import Spectrum, get_kernel
-from lmd_hf.records import UNREAD, Alias, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
+from lmd_hf.matrix.kernels import Spectrum, spectrum_of
+from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.measure import measure, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
+from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.source import FileSource, Source
 from lmd_hf.weights.stored import Rounding, Stored, read_stored
 
 
-Outcome = MatrixReport | Skipped | Alias
+Outcome = MatrixReport | tuple[Skipped, ...] | Alias
 Begun = Future[tuple[Spectrum, Rounding]]
 MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
 LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
@@ -94,7 +95,7 @@ def execute(
     ordered = [outcomes[index] for index in sorted(outcomes)]
     return Results(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
-        skipped=tuple(o for o in ordered if isinstance(o, Skipped)),
+        skipped=tuple(piece for o in ordered if isinstance(o, tuple) for piece in o),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
         environment=environment(device, workers, source),
         timing={"execute": time.perf_counter() - started},
@@ -158,13 +159,17 @@ def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 def _entries(ref: MatrixRef) -> tuple[Any, ...]:
     """Which stored entries form the matrix: two that agree here have the same singular values."""
-    return ref.tensors, ref.stored, ref.expert, ref.rows
+    return ref.tensors, ref.stored, ref.expert, ref.rows, ref.low_rank
 
 
 def _spectrum(reads: ReadAhead, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
     with reads.taking(work):
         stored = read_stored(reads, work.ref)
-        return get_kernel(work.kernel)(stored.matrix.to(device)), stored.rounding
+        return spectrum_of(_moved(stored, device).matrix, work.kernel), stored.rounding
+
+
+def _moved(stored: Stored, device: torch.device) -> Stored:
+    return stored if isinstance(stored.matrix, Factored) else replace(stored, matrix=stored.matrix.to(device))
 
 
 def _do(reads: ReadAhead, plan: Plan, work: Work, device: torch.device, begun: Begun | None) -> Outcome:
@@ -175,23 +180,27 @@ def _do(reads: ReadAhead, plan: Plan, work: Work, device: torch.device, begun: B
         with reads.taking(work):
             return _measured(reads, plan, work, read_stored(reads, ref), device)
     except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
-        return Skipped(ref.name, ref.shape, str(error))
+        return _skipped(ref, str(error))
     except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
-        return Skipped(ref.name, ref.shape, f"{UNREAD}: {error}")
+        return _skipped(ref, f"{UNREAD}: {error}")
+
+
+def _skipped(ref: MatrixRef, reason: str) -> tuple[Skipped, ...]:
+    return tuple(Skipped(name, shape, reason) for name, shape in pieces(ref))
 
 
 def _measured(source: Source, plan: Plan, work: Work, stored: Stored, device: torch.device) -> Outcome:
     ref, w = work.ref, stored.matrix
-    if ref.tied_to is not None and torch.equal(w, _repeated(source, plan, ref)):
+    if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
-        return measure(
-            source, ref, replace(stored, matrix=w.to(device)), metric=plan.settings.metric, kernel=work.kernel
-        )
+        return measure(source, ref, _moved(stored, device), metric=plan.settings.metric, kernel=work.kernel)
     except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
+        if isinstance(w, Factored):
+            return _skipped(ref, str(error))
         bad = int(w.numel() - torch.isfinite(w).sum().item())
         part = f"{ref.part}: " if ref.part else ""
-        return Skipped(ref.name, ref.shape, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
+        return _skipped(ref, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
 
 
 def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:

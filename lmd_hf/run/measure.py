@@ -7,20 +7,23 @@ import numpy as np
 import torch
 
 from lmd_hf.matrix import capacity, dimension, noise
-from lmd_hf.matrix.kernels import Spectrum, get_kernel
+from lmd_hf.matrix.kernels import Spectrum, get_kernel, spectrum_of
 from lmd_hf.matrix.metrics import norm
-from lmd_hf.records import MatrixRef, MatrixReport
+from lmd_hf.records import Factored, MatrixRef, MatrixReport
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Rounding, Stored, read_gain
+
+
+NOISE = ("mp_edge", "mp_spikes", "mp_spikes_99", "mp_fit_distance")
 
 
 def measure(source: Source, ref: MatrixRef, stored: Stored, *, metric: str, kernel: str) -> MatrixReport:
     """Spectrum and every number of theory for W, in the metric asked for (`identity` where no norm feeds W)."""
     w_OI = stored.matrix
-    spectrum = get_kernel(kernel)(w_OI)
+    spectrum = spectrum_of(w_OI, kernel)
     raw = spectrum.values.numpy()
     used = "identity"
-    if metric == "norm" and ref.norm is not None:
+    if metric == "norm" and ref.norm is not None and not isinstance(w_OI, Factored):
         gain = norm(read_gain(source, ref.norm).to(w_OI.device))
         spectrum = get_kernel(kernel)(gain.power_times(0.5, w_OI.to(torch.float64).T).T)
         used = "norm"
@@ -40,7 +43,8 @@ def to_row(
     s = spectrum.values.numpy()
     raw = s if raw is None else raw
     s.flags.writeable = False
-    latent, rule = dimension.latent_dimension(s, raw, max(ref.shape), metric)
+    product = len(s) < min(ref.shape)  # of thin factors: the other values are exactly 0, and no noise fills them
+    latent, rule = dimension.latent_dimension(s, raw, max(ref.shape), "product" if product else metric)
     participation = dimension.participation_ratio(s)
     degree, effective = _degrees(ref.activation if ref.block in ("mlp", "moe") else None, ref.gated)
     return MatrixReport(
@@ -58,7 +62,7 @@ def to_row(
         error_bound=spectrum.error_bound,
         frobenius_norm=float(np.sqrt((s**2).sum())),
         spectral_norm=float(s[0]),
-        smallest_singular_value=float(s[-1]),
+        smallest_singular_value=0.0 if product else float(s[-1]),
         stable_rank=dimension.stable_rank(s),
         participation_ratio=participation,
         effective_rank=dimension.effective_rank(s),
@@ -69,11 +73,11 @@ def to_row(
         numerical_rank=dimension.numerical_rank(raw, max(ref.shape), rounding.relative, rounding.absolute),
         latent_dim=latent,
         latent_dim_rule=rule,
-        **_noise(raw, max(ref.shape)),
+        **(_noise(raw, max(ref.shape)) if not product else dict.fromkeys(NOISE)),
         energy_degree=degree,
         effective_degree=effective,
         capacity_log10=capacity.capacity_log10(participation, degree),
-        expressivity=dimension.expressivity(s),
+        expressivity=dimension.expressivity(s, min(ref.shape)),
         metric=metric,
         singular_value_ranks=None,
         singular_values=s,
@@ -83,7 +87,7 @@ def to_row(
 def _noise(raw: np.ndarray, n: int) -> dict[str, Any]:
     """The Marchenko–Pastur figures of σ(W). No spike count where the bulk does not look like noise at all."""
     if n < 2 or np.median(raw) <= 0:
-        return {"mp_edge": None, "mp_spikes": None, "mp_spikes_99": None, "mp_fit_distance": None}
+        return dict.fromkeys(NOISE)
     distance = noise.mp_fit_distance(raw, n)
     fits = noise.bulk_is_mp_like(distance, len(raw))
     return {

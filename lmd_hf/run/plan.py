@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from lmd_hf.errors import SettingsError
 from lmd_hf.records import ROLES, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.weights.inventory import pieces
 
 
 METRICS = ("identity", "norm")
@@ -23,7 +24,8 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     if inventory.selected and not chosen:
         raise nothing_left(settings)
     kept = set(map(id, chosen))
-    unselected = [Skipped(ref.name, ref.shape, "not selected") for ref in inventory.selected if id(ref) not in kept]
+    others = [ref for ref in inventory.selected if id(ref) not in kept]
+    unselected = [Skipped(name, shape, "not selected") for ref in others for name, shape in pieces(ref)]
     works = tuple(_work(ref, settings) for ref in chosen)
     return Plan(
         identity=identity,
@@ -91,9 +93,13 @@ def _is_chosen(ref: MatrixRef, settings: Settings, layers: set[int] | None) -> b
 
 def _work(ref: MatrixRef, settings: Settings) -> Work:
     short, long = min(ref.shape), max(ref.shape)
+    if ref.stored == "lora" and ref.low_rank is not None:
+        rank = ref.low_rank.right.shape[0] // ref.low_rank.experts
+        return Work(ref, KERNELS[settings.kernel], 2.0 * (short + long) * rank**2, 3 * 8 * (short + long) * rank)
     flops = exact_flops(long, short)
-    entry = 8 if ref.dtype == "F64" else 4
-    memory = entry * short * long + 3 * 8 * short**2
+    entry = 8 if ref.dtype == "F64" or ref.low_rank is not None else 4
+    packed = 0 if ref.stored == "plain" and ref.low_rank is None else 8 * short * long  # what unpacking needs beside W
+    memory = entry * short * long + 3 * 8 * short**2 + packed
     if settings.metric == "norm" and ref.norm is not None:
         flops, memory = 2 * flops, memory + 8 * short * long
     return Work(ref, KERNELS[settings.kernel], flops, memory)

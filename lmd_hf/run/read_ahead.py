@@ -69,6 +69,7 @@ class ReadAhead:
     def __init__(self, source: Source, works: Sequence[Work]) -> None:
         self.identity, self.config, self.module = source.identity, source.config, source.module
         self.tensors, self.shared, self.notes = source.tensors, source.shared, source.notes
+        self.updates = source.updates
         self._source = source
         self._homes: dict[TensorRef, list[Span]] = {}
         for span in merged(span for work in works for span in spans(work.ref)):

@@ -11,6 +11,7 @@ from torch import nn
 from lmd_hf.compat import Target, checkpoint_key_map
 from lmd_hf.records import Weight
 from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
+from lmd_hf.weights.lora import is_adapter
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,6 +97,8 @@ def _config_values(module: nn.Module, config: dict[str, Any] | None) -> dict[str
 
 def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | None:
     """The model class that the configuration names, on the meta device: no memory, no weights, no remote code."""
+    if is_adapter(config):
+        return None
     if config is None:
         notes.append("no config.json: roles and orientation are read from tensor names")
         return None
@@ -231,6 +234,8 @@ def _transposed_leaves(shapes: dict[str, tuple[int, ...]]) -> set[str]:
 
 def _guess(weight: Weight, transposed: set[str]) -> Place:
     path = weight.name.removesuffix(".weight")
+    if weight.low_rank is not None:  # an update is (out, in), however the base stores its matrix
+        return Place(path, "experts" if len(weight.shape) == 3 else "linear")
     leaf = path.rsplit(".", 1)[-1]
     wide = sum(size > 1 for size in weight.shape)
     if weight.name.endswith("bias") or len(weight.shape) < 2 or (len(weight.shape) > 2 and wide < 2):

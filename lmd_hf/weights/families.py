@@ -80,7 +80,7 @@ def _table() -> dict[str, Any]:
     for kind in ("role", "fused", "flat", "norm"):
         for row in table[kind]:
             pattern = re.sub(r"\{([A-Z_]+)\}", lambda m: words[m.group(1)], row["ends"])
-            row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear)?$")  # a linear layer may be wrapped
+            row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear|\.base_layer)?$")  # it may be wrapped
     for row in table["container"]:
         row["regex"] = re.compile(row["class"])
     return table

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmd_hf.records import TensorRef, Weight
 from lmd_hf.weights import gguf, unpack
+from lmd_hf.weights.lora import is_adapter, list_adapter_weights
 from lmd_hf.weights.unpack import Unpacked
 
 
@@ -219,6 +220,8 @@ def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, re
     """The weights that the network knows, each with the stored tensors that make it, in the order of the file; what
     no format claims is a weight of its own, as it is. `read` is asked for small tensors only (a shape, a JSON state).
     """
+    if config is not None and is_adapter(config):
+        return list_adapter_weights(tensors, config)
     settings = (config or {}).get("quantization_config") or (config or {}).get("compression_config") or {}
     by_name = {tensor.name: tensor for tensor in tensors}
     found: dict[str, tuple[str, str, Parts]] = {}  # name of the largest tensor → (format, weight's name, parts)

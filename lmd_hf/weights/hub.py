@@ -22,19 +22,8 @@ from lmd_hf.errors import SourceError
 from lmd_hf.records import TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
-from lmd_hf.weights.source import (
-    INDEX,
-    FileSource,
-    from_files,
-    make_identity,
-    open_folder,
-    read_config,
-    read_index,
-    read_local_header,
-    unique,
-    unread_files,
-    weight_files,
-)
+from lmd_hf.weights.repository import INDEX, config_file, read_config, read_index, unread_files, weight_files
+from lmd_hf.weights.source import FileSource, from_files, make_identity, open_folder, read_local_header, unique
 
 
 FIRST_BYTES = 100_000  # 97 % of safetensors headers are shorter (huggingface_hub, parse_safetensors_file_metadata)
@@ -88,7 +77,8 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
         names = index.shards
         if absent := [name for name in names if name not in sizes]:
             raise SourceError(f"{repo_id}: its index names shards that are absent, first '{absent[0]}'; ask its owner")
-    config = read_config(fetch("config.json")) if "config.json" in sizes else None
+    described = config_file(names)
+    config = read_config(fetch(described)) if described in sizes else None
     notes = unread_files(list(sizes), names)
     connection = Connection(repo_id, _headers(api), partial(_cached, repo_id, prefix, commit))
     if not names[0].endswith(".safetensors"):  # the header of a pickle or a GGUF file is not at one place

@@ -20,6 +20,7 @@ from lmd_hf.weights.families import (
     stack_words,
 )
 from lmd_hf.weights.formats import FP8, list_weights
+from lmd_hf.weights.lora import Piece, merge, stored_pieces
 from lmd_hf.weights.source import Source
 
 
@@ -30,7 +31,12 @@ OTHER = Role("", "other")
 def list_matrices(source: Source) -> Inventory:
     """The inventory of a source: selected + skipped + stored aliases add up to every parameter that is stored."""
     weights = list_weights(source.tensors, source.config, source.read)
-    return _list(source, weights, read_tree(weights, source.config, source.module))
+    tree = read_tree(weights, source.config, source.module)
+    inventory = _list(source, weights, tree)
+    if not source.updates:
+        return inventory
+    places = {weight.tensors[0].name: tree.places[weight.name] for weight in weights}
+    return merge(inventory, source.updates, {name: place.module or place.path for name, place in places.items()})
 
 
 def list_by_name(source: Source) -> Inventory:
@@ -61,8 +67,15 @@ def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
     tied = {name: of for name, of in ties.items() if of in stored and stored[of].format == "plain"}
     selected = [replace(ref, tied_to=tied.get(context.weight_of[ref.name])) for ref in selected]
     selected.sort(key=_reading_order)
-    parameters = sum(math.prod(weight.shape) for weight in weights)
+    parameters = sum(
+        math.prod(shape) for w in weights for _, shape in stored_pieces(w.format, w.low_rank, w.name, w.shape)
+    )
     return Inventory(tuple(selected), tuple(skipped), aliases, parameters, (*source.notes, *tree.notes))
+
+
+def pieces(ref: MatrixRef) -> list[Piece]:
+    """(name, shape) of the stored parameters that a matrix accounts for: its own, or those of its two factors."""
+    return stored_pieces(ref.stored, ref.low_rank, ref.name, ref.shape)
 
 
 def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
@@ -193,6 +206,9 @@ def _matrices(weight: Weight, place: Place, context: _Context) -> list[MatrixRef
     if not (stacked or flat) and len(weight.shape) != 2 and role.role != "conv":
         return _skip(weight, f"a tensor of {len(weight.shape)} axes with no rule to read it")
     base, config = _base(weight, place, role, context), context.config(place.module or path)
+    if weight.format == "lora" and role.parts:  # one row a pair, also where the base's matrix is a fused one
+        base = replace(base, part=role.role, role="other")
+        role = Role(role.block, "other")
     if place.pieces and weight.shape[0] % len(place.pieces) == 0:
         return _pieces(base, place, context)
     if role.role == "k_v" and find_fused(path, config, place.inside) is None:
@@ -202,7 +218,7 @@ def _matrices(weight: Weight, place: Place, context: _Context) -> list[MatrixRef
         role = Role(role.block, "gate_up")  # by its name a plain one, but a row says that both are in it
         base = replace(base, role="gate_up")
     if not role.parts:
-        if role.role == "other" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
+        if role.role == "other" and weight.format != "lora" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
             return _skip(weight, _no_rule(weight, config))
         refs = [base]
     else:
@@ -261,6 +277,7 @@ def _base(weight: Weight, place: Place, role: Role, context: _Context) -> Matrix
         dtype=weight.dtype,
         stored=weight.format,
         tensors=weight.tensors,
+        low_rank=weight.low_rank,
         transposed=transposed,
     )
 

@@ -1,11 +1,10 @@
 """Where a model's tensors are: a folder, a file, a Hub repository or a live module. One tensor is read at a time."""
 
-import json
 import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 
 import lmd_hf
 from lmd_hf.errors import FormatError, NoDataError, SourceError
-from lmd_hf.records import ModelIdentity, TensorRef, WeightFile
+from lmd_hf.records import ModelIdentity, TensorRef, Weight, WeightFile
 from lmd_hf.weights.gguf import read_gguf
 from lmd_hf.weights.header import read_header
+from lmd_hf.weights.lora import adapter_note, is_adapter
 from lmd_hf.weights.pickled import read_pickled, repeated
 from lmd_hf.weights.ranged import Connection, RemoteFile
+from lmd_hf.weights.repository import PICKLES, WEIGHTS, config_file, read_config, read_index, unread_files, weight_files
 
 
 TORCH_DTYPES = {
@@ -26,14 +27,9 @@ TORCH_DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool, "U8": torch.uint8,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
-INDEX = "model.safetensors.index.json"
 EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = (".safetensors", ".bin", ".gguf")
-TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
 GGUF_NOTE = "llama.cpp may order the rows of q and k for its own rotary form; no singular value feels it"
-NAMED = 5  # files that a note names before it counts
 
 
 class Source(Protocol):
@@ -69,6 +65,11 @@ class Source(Protocol):
         """What a reader of the report should know of the files."""
         ...
 
+    @property
+    def updates(self) -> tuple[Weight, ...]:
+        """The weights of an adapter that are merged in."""
+        ...
+
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start…stop of the first stored axis, as stored, on the CPU (a live module: where it lives)."""
         ...
@@ -86,6 +87,7 @@ class FileSource:
     shared: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     connection: Connection | None = None
+    updates: tuple[Weight, ...] = ()
 
     def on_disk(self, name: str) -> bool:
         """Whether reading that file costs no network."""
@@ -127,6 +129,7 @@ class LiveSource:
     shared: tuple[tuple[str, str], ...]
     values: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    updates: tuple[Weight, ...] = ()
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """A view of the parameter; nothing is copied."""
@@ -143,14 +146,21 @@ def open_source(
     subfolder: str = "",
     token: str | bool | None = None,
     download: bool = False,
+    base: str | Path | None = None,
 ) -> Source:
     """The source of a model: a live module, a weight file (safetensors, GGUF, a pickle of tensors), a folder in Hub
     layout, or a Hub id.
 
-    Of a Hub id only the tensors that are read are fetched, and not kept; `download` keeps whole files in the cache.
-    A path that exists wins over a Hub id of the same name; the embedded model answers to its own id, offline. Raises
-    `SourceError` if there is no such model or it holds no weights that may be read, `FormatError` if a file is damaged.
+    With `base`, `model` is a LoRA adapter, and the source is its base with the updates added: that base, or `auto` for
+    the one that the adapter names. Of a Hub id only the tensors that are read are fetched, and not kept; `download`
+    keeps whole files in the cache. A path that exists wins over a Hub id of the same name; the embedded model answers
+    to its own id, offline. Raises `SourceError` if there is no such model or it holds no weights that may be read,
+    `FormatError` if a file is damaged.
     """
+    if base is not None:
+        from lmd_hf.weights.merged import open_merged
+
+        return open_merged(model, base, revision=revision, subfolder=subfolder, token=token, download=download)
     if isinstance(model, nn.Module):
         return _open_live(model)
     path = Path(model).expanduser()
@@ -182,7 +192,7 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
         names = index.shards
         if absent := [name for name in names if name not in present]:
             raise FormatError(f"{index.where}: names {len(absent)} shards that are absent, first '{absent[0]}'")
-    source = from_files(folder, names, read_config(folder / "config.json"), identifier)
+    source = from_files(folder, names, read_config(folder / config_file(names)), identifier)
     if index is not None:
         index.check(source.tensors)
     return replace(source, notes=(*source.notes, *unread_files([*present, *below], names)))
@@ -192,7 +202,7 @@ def _open_file(path: Path) -> FileSource:
     if path.suffix not in (".safetensors", ".gguf", *PICKLES):
         kinds = "a folder, a .safetensors, .gguf or .bin file, or a Hub id"
         raise SourceError(f"{path}: not a weight file; give {kinds}")
-    return from_files(path.parent, [path.name], read_config(path.parent / "config.json"), str(path))
+    return from_files(path.parent, [path.name], read_config(path.parent / config_file([path.name])), str(path))
 
 
 def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, identifier: str) -> FileSource:
@@ -215,6 +225,8 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
         size = path.stat().st_size
         files.append(WeightFile(name, size, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))
     identity = make_identity(identifier, None, None, config, files)
+    if config is not None and is_adapter(config):
+        notes = (adapter_note(config),)
     refs = unique(tensors)
     return FileSource(identity, config, refs, lambda name: folder / name, shared=tuple(shared.items()), notes=notes)
 
@@ -233,110 +245,9 @@ def read_local_header(path: Path, name: str) -> tuple[TensorRef, ...]:
         return read_header(name, path.stat().st_size, read)
 
 
-def weight_files(names: list[str], where: str) -> list[str]:
-    """Which of a repository's files hold the weights: the index of its shards, or the files. `SourceError` if none.
-
-    Safetensors before pickles before GGUF; `model…` before others; plain files before a variant such as
-    `model.fp16.safetensors`; the layout of transformers before the authors' own `consolidated` one.
-    """
-    names = [name for name in names if "/" not in name and not re.fullmatch(TRAINING_STATE, name)]
-    for endings in ((".safetensors",), PICKLES):
-        if found := _of_kind(names, endings):
-            return found
-    quantised = [name for name in names if name.endswith(".gguf")]
-    if len(quantised) > 1:
-        raise SourceError(f"{where}: holds {len(quantised)} GGUF files; give one of them: {', '.join(quantised[:9])}")
-    if quantised:
-        return quantised
-    if any(name.startswith("adapter_model") for name in names):
-        raise SourceError(
-            f"{where}: holds only a PEFT adapter; merge it first (peft: merge_and_unload) and save the model"
-        )
-    raise SourceError(f"{where}: no weights in it; save the model with save_pretrained first")
-
-
-def _of_kind(names: list[str], endings: tuple[str, ...]) -> list[str]:
-    """The best index or files of one kind; none if there is none."""
-
-    def rank(name: str) -> tuple[bool, bool, str]:
-        return _plain_name(name) != name, not name.startswith(("model", "pytorch_model")), name
-
-    kinds = "|".join(map(re.escape, endings))
-    indexes = [n for n in names if re.search(rf"({kinds})\.index(\.[\w-]+)?\.json$", n) and not n.startswith("cons")]
-    files = [name for name in names if name.endswith(endings) and not name.startswith("adapter_model")]
-    plain = [name for name in files if not name.startswith("consolidated")]
-    whole = [name for name in plain if name in ("model.safetensors", "pytorch_model.bin")]
-    if whole or indexes:
-        return [whole[0] if whole else min(indexes, key=rank)]
-    kept = {_plain_name(name): name for name in sorted(plain, key=rank, reverse=True)}  # of variants the first
-    return sorted(kept.values()) or files
-
-
-def _plain_name(name: str) -> str:
-    """The name without its variant: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
-    return re.sub(r"^([\w-]+)\.[\w-]+(?=\.\w+$)|(?<=\.index)\.[\w-]+(?=\.json$)", r"\1", name)
-
-
-def unread_files(present: list[str], read: list[str]) -> tuple[str, ...]:
-    """A note that names the weight files which are there, here or in folders below, but not read. A pickle beside
-    safetensors holds the same weights and is not named."""
-    weights = [PurePosixPath(name) for name in present if name.endswith(".safetensors")]
-    folders = {path.parent for path in weights}
-    pickles = [path for path in map(PurePosixPath, present) if path.match("pytorch_model*.bin")]
-    unread = sorted({str(p) for p in (*weights, *(p for p in pickles if p.parent not in folders))} - set(read))
-    if not unread:
-        return ()
-    named = ", ".join(unread[:NAMED]) + (f" and {len(unread) - NAMED} more" if len(unread) > NAMED else "")
-    return (f"weight files not read: {named}" + ("; --subfolder reads a folder" if "/" in "".join(unread) else ""),)
-
-
 def _local(place: Path | RemoteFile) -> Path:
     assert isinstance(place, Path), "only safetensors are read over the network"
     return place
-
-
-@dataclass(frozen=True)
-class Index:
-    """model.safetensors.index.json: which shards there are, and which tensors they promise."""
-
-    shards: list[str]
-    promised: set[str]
-    where: str
-
-    def check(self, tensors: tuple[TensorRef, ...]) -> None:
-        """`FormatError` if the shards do not hold every tensor that the index promises."""
-        if missing := sorted(self.promised - {tensor.name for tensor in tensors}):
-            raise FormatError(
-                f"{self.where}: promises {len(missing)} tensors that no shard holds, first '{missing[0]}'; "
-                "the shards belong to another version: download them again"
-            )
-
-
-def read_index(data: bytes, where: str) -> Index:
-    """The index of a sharded checkpoint; `FormatError` if it is none, or names a file elsewhere."""
-    try:
-        weight_map = json.loads(data)["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FormatError(f"{where}: not an index of shards (JSON with a weight_map); download it again") from None
-    if not shards or not all(
-        isinstance(name, str) and re.fullmatch(r"[\w.-]+\.(?:safetensors|bin)", name) for name in shards
-    ):
-        raise FormatError(f"{where}: the weight_map must name weight files beside it; download it again")
-    return Index(shards, set(weight_map), where)
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """config.json as a dictionary, `None` if there is none; `FormatError` if it is not a JSON object."""
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{path}: not a JSON object; download it again")
-    return config
 
 
 def make_identity(

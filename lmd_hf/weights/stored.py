@@ -1,12 +1,13 @@
 """From what is stored to the matrix W (out × in) that the forward pass uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lmd_hf.records import MatrixRef, NormRef, TensorRef
+from lmd_hf.records import Factored, LowRank, MatrixRef, NormRef, TensorRef
 from lmd_hf.weights.formats import unpack_weight
+from lmd_hf.weights.lora import multiplied, read_factors, updated
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.unpack import ROUNDOFF, Unpacked
 
@@ -22,9 +23,9 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Stored:
-    """W (out × in) and how coarsely it was stored."""
+    """W (out × in), or the thin factors of it, and how coarsely it was stored."""
 
-    matrix: Tensor
+    matrix: Tensor | Factored
     rounding: Rounding
 
 
@@ -33,6 +34,8 @@ def read_stored(source: Source, ref: MatrixRef) -> Stored:
 
     Only the bytes of W are read where they lie together. `ValueError` if the tensors do not fit together.
     """
+    if ref.low_rank is not None:
+        return _read_low_rank(source, ref, ref.low_rank)
     if ref.stored == "plain":
         w = _read_plain(source, ref)
         return Stored(w, Rounding(relative=ROUNDOFF[w.dtype]))
@@ -42,13 +45,25 @@ def read_stored(source: Source, ref: MatrixRef) -> Stored:
 
 
 def read_matrix(source: Source, ref: MatrixRef) -> Tensor:
-    """W alone, as `read_stored` gives it."""
-    return _read_plain(source, ref) if ref.stored == "plain" else read_stored(source, ref).matrix
+    """W alone, as `read_stored` gives it, multiplied out if it is stored as factors."""
+    matrix = read_stored(source, ref).matrix
+    return multiplied(matrix) if isinstance(matrix, Factored) else matrix
 
 
 def read_gain(source: Source, norm: NormRef) -> Tensor:
     """γ, float64, of the norm that feeds a matrix."""
     return source.read(norm.tensor).to(torch.float64).flatten() + norm.offset
+
+
+def _read_low_rank(source: Source, ref: MatrixRef, pair: LowRank) -> Stored:
+    """The factors themselves, or the base's matrix with them in it, a float64 sum."""
+    factors = read_factors(pair, ref.expert, source.read)
+    if ref.stored == "lora":
+        return Stored(factors, Rounding())
+    whole = read_stored(source, replace(ref, low_rank=None, rows=())).matrix
+    assert isinstance(whole, Tensor)
+    magnitude = None if pair.magnitude is None else source.read(pair.magnitude).flatten()
+    return Stored(_cut(ref, updated(whole, factors, magnitude)), Rounding(relative=ROUNDOFF[torch.float64]))
 
 
 def _read_plain(source: Source, ref: MatrixRef) -> Tensor:

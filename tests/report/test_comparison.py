@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from lmd_hf import Comparison, compare
+from lmd_hf.changes import Unmatched
 from lmd_hf.errors import FormatError, SourceError
-from lmd_hf.records import Unmatched
 from lmd_hf.report import compare_text
 from lmd_hf.report.text import by_role
 

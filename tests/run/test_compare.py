@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmd_hf import Settings, compare
-from lmd_hf.records import MatrixChange
+from lmd_hf.changes import MatrixChange
 from lmd_hf.report.compare import build_comparison
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.pairs import match

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import lmd_hf
 from lmd_hf.errors import FormatError, LmdError, SourceError
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.source import open_source, weight_files
+from lmd_hf.weights.repository import weight_files
+from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_stored
 
 

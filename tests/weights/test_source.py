@@ -145,12 +145,6 @@ def test_damaged_pickles_are_one_clear_line(tmp_path, name):
             open_source(model)
 
 
-def test_an_adapter_is_refused_with_the_remedy(tmp_path):
-    save_file({"lora_A.weight": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(SourceError, match="merge it first"):
-        open_source(tmp_path)
-
-
 def test_an_index_that_names_absent_shards(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(FormatError, match=r"1 shards that are absent, first 'model-1\.safetensors'"):

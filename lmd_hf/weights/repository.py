@@ -1,0 +1,122 @@
+"""Which files of a repository hold its weights, and what its index and its configuration say of them."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lmd_hf.errors import FormatError, SourceError
+from lmd_hf.records import TensorRef
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
+INDEX = "model.safetensors.index.json"
+NAMED = 5  # files that a note names before it counts
+
+
+def weight_files(names: list[str], where: str) -> list[str]:
+    """Which of a repository's files hold the weights: the index of its shards, or the files. `SourceError` if none.
+
+    Safetensors before pickles before GGUF; `model…` before others; plain files before a variant such as
+    `model.fp16.safetensors`; the layout of transformers before the authors' own `consolidated` one.
+    """
+    names = [name for name in names if "/" not in name and not re.fullmatch(TRAINING_STATE, name)]
+    for endings in ((".safetensors",), PICKLES):
+        if found := _of_kind(names, endings):
+            return found
+    quantised = [name for name in names if name.endswith(".gguf")]
+    if len(quantised) > 1:
+        raise SourceError(f"{where}: holds {len(quantised)} GGUF files; give one of them: {', '.join(quantised[:9])}")
+    if quantised:
+        return quantised
+    adapter = [name for name in names if name in ("adapter_model.safetensors", "adapter_model.bin")]
+    if adapter:
+        return [max(adapter)]
+    raise SourceError(f"{where}: no weights in it; save the model with save_pretrained first")
+
+
+def _of_kind(names: list[str], endings: tuple[str, ...]) -> list[str]:
+    """The best index or files of one kind; none if there is none."""
+
+    def rank(name: str) -> tuple[bool, bool, str]:
+        return _plain_name(name) != name, not name.startswith(("model", "pytorch_model")), name
+
+    kinds = "|".join(map(re.escape, endings))
+    indexes = [n for n in names if re.search(rf"({kinds})\.index(\.[\w-]+)?\.json$", n) and not n.startswith("cons")]
+    files = [name for name in names if name.endswith(endings) and not name.startswith("adapter_model")]
+    plain = [name for name in files if not name.startswith("consolidated")]
+    whole = [name for name in plain if name in ("model.safetensors", "pytorch_model.bin")]
+    if whole or indexes:
+        return [whole[0] if whole else min(indexes, key=rank)]
+    kept = {_plain_name(name): name for name in sorted(plain, key=rank, reverse=True)}  # of variants the first
+    return sorted(kept.values()) or files
+
+
+def _plain_name(name: str) -> str:
+    """The name without its variant: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
+    return re.sub(r"^([\w-]+)\.[\w-]+(?=\.\w+$)|(?<=\.index)\.[\w-]+(?=\.json$)", r"\1", name)
+
+
+def unread_files(present: list[str], read: list[str]) -> tuple[str, ...]:
+    """A note that names the weight files which are there, here or in folders below, but not read. A pickle beside
+    safetensors holds the same weights and is not named."""
+    weights = [PurePosixPath(name) for name in present if name.endswith(".safetensors")]
+    folders = {path.parent for path in weights}
+    pickles = [path for path in map(PurePosixPath, present) if path.match("pytorch_model*.bin")]
+    unread = sorted({str(p) for p in (*weights, *(p for p in pickles if p.parent not in folders))} - set(read))
+    if not unread:
+        return ()
+    named = ", ".join(unread[:NAMED]) + (f" and {len(unread) - NAMED} more" if len(unread) > NAMED else "")
+    return (f"weight files not read: {named}" + ("; --subfolder reads a folder" if "/" in "".join(unread) else ""),)
+
+
+@dataclass(frozen=True)
+class Index:
+    """model.safetensors.index.json: which shards there are, and which tensors they promise."""
+
+    shards: list[str]
+    promised: set[str]
+    where: str
+
+    def check(self, tensors: tuple[TensorRef, ...]) -> None:
+        """`FormatError` if the shards do not hold every tensor that the index promises."""
+        if missing := sorted(self.promised - {tensor.name for tensor in tensors}):
+            raise FormatError(
+                f"{self.where}: promises {len(missing)} tensors that no shard holds, first '{missing[0]}'; "
+                "the shards belong to another version: download them again"
+            )
+
+
+def read_index(data: bytes, where: str) -> Index:
+    """The index of a sharded checkpoint; `FormatError` if it is none, or names a file elsewhere."""
+    try:
+        weight_map = json.loads(data)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(f"{where}: not an index of shards (JSON with a weight_map); download it again") from None
+    if not shards or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.-]+\.(?:safetensors|bin)", name) for name in shards
+    ):
+        raise FormatError(f"{where}: the weight_map must name weight files beside it; download it again")
+    return Index(shards, set(weight_map), where)
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """config.json as a dictionary, `None` if there is none; `FormatError` if it is not a JSON object."""
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: not a JSON object; download it again")
+    return config
+
+
+def config_file(names: list[str]) -> str:
+    """The name of the configuration that goes with these weight files."""
+    return "adapter_config.json" if names[0].startswith("adapter_model") else "config.json"
