@@ -184,6 +184,29 @@ def test_int8_by_row_and_by_tensor(tmp_path):
         assert torch.equal(found.matrix, q.float() * scale.float())
 
 
+@pytest.mark.parametrize("kind", ["float8", "int8"])
+def test_torchaos_names(tmp_path, kind):
+    """What `flatten_tensor_state_dict` writes: `_weight_qdata`, `_weight_scale` and perhaps `_weight_zero_point`."""
+    scale, stem = torch.rand(OUT, 1) + 0.1, f"{NAME}._weight"
+    if kind == "float8":
+        q, zero = random(OUT, IN, scale=1).to(torch.float8_e4m3fn), torch.zeros(OUT, 1)
+        tensors = {f"{stem}_qdata": q, f"{stem}_scale": scale}
+    else:
+        q, zero = torch.randint(-8, 8, (OUT, IN), dtype=torch.int8), torch.randint(-3, 3, (OUT, 1), dtype=torch.int8)
+        tensors = {f"{stem}_qdata": q, f"{stem}_scale": scale, f"{stem}_zero_point": zero}
+    ref, found = read(tmp_path, tensors, quant_method="torchao")
+    assert torch.equal(found.matrix, (q.float() - zero.float()) * scale)
+    assert (ref.stored, ref.role) == (f"torchao-{kind}", "down")
+
+
+def test_fp8_without_a_scale_is_its_own_value(tmp_path):
+    q = random(OUT, IN, scale=1).to(torch.float8_e4m3fn)
+    save_file({f"{NAME}.weight": q}, tmp_path / "model.safetensors")
+    row = lmd_hf.analyze(tmp_path).matrices[0]
+    assert row.singular_values == pytest.approx(torch.linalg.svdvals(q.double()).numpy(), rel=1e-7)
+    assert (row.dtype, row.stored) == ("F8_E4M3", "plain")
+
+
 def test_bitsandbytes_int8(tmp_path):
     w = random(OUT, IN)
     largest = w.abs().amax(1)
