@@ -1,7 +1,7 @@
 """Stored numbers to the weights that the forward pass uses: one function a format, tensors in, tensors out.
 
-Every function takes the tensors of one matrix (of one expert, where they are stacked) and returns W in float32, in
-which the products below are computed; nothing goes through the checkpoint's compute dtype. Shapes: O = out, I = in of
+Every function takes the tensors of one matrix (of one expert, where they are stacked) and returns W in float32 or
+float64, in which the products below are computed; nothing goes through the checkpoint's compute dtype. Shapes: O = out, I = in of
 the matrix, G = groups or blocks along I.
 """
 
@@ -177,8 +177,8 @@ def hqq(weight: Tensor, scale: Tensor, zero: Tensor, shape: Tensor, bits: Tensor
 def weight_norm(weight: Tensor, gain: Tensor) -> Unpacked:
     """W = g · v/‖v‖, the norm over every axis along which g has one entry (Salimans & Kingma 2016, eq. 2)."""
     axes = [axis for axis, size in enumerate(gain.shape) if size == 1 and weight.shape[axis] > 1]
-    direction = weight.float() / torch.linalg.vector_norm(weight.double(), dim=axes, keepdim=True).float()
-    return Unpacked(gain.float() * direction, roundoff=ROUNDOFF[weight.dtype])
+    length = torch.linalg.vector_norm(weight.double(), dim=axes, keepdim=True)
+    return Unpacked(weight.double() * (gain.double() / length), roundoff=ROUNDOFF[weight.dtype])
 
 
 # --- what the formats share --------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ and compared entry by entry; then the singular values against float64 LAPACK on 
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, two_a_byte
 
 import lmd_hf
 from lmd_hf.weights.inventory import list_matrices
@@ -36,26 +36,6 @@ def read(folder, tensors, **quantization):
     counted = sum(math.prod(item.shape) for item in (*inventory.selected, *inventory.skipped))
     assert counted == inventory.parameters
     return inventory.selected[0], read_stored(source, inventory.selected[0])
-
-
-def pack_bits(codes, bits):
-    """The definition: the codes of a row as one string of bits, lowest first, cut into 32-bit words."""
-    words = []
-    for row in codes.tolist():
-        number = sum(int(code) << (bits * index) for index, code in enumerate(row))
-        count = math.ceil(len(row) * bits / 32)
-        words.append([number >> (32 * index) & 0xFFFFFFFF for index in range(count)])
-    return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32))
-
-
-def groups(w, bits, size):
-    """Asymmetric groups along the input: codes, scale and zero point, (O, I), (O, G), (O, G)."""
-    parts = w.reshape(w.shape[0], -1, size)
-    low, high = parts.amin(-1), parts.amax(-1)
-    scale = ((high - low) / (2**bits - 1)).half().float()
-    zero = (-low / scale).round().clamp(0, 2**bits - 1)
-    codes = (parts / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
-    return codes.reshape(w.shape), scale, zero
 
 
 @pytest.mark.parametrize("tile", [(128, 128), (1, IN), (OUT, IN), (64, 64)])
@@ -110,26 +90,16 @@ def test_gptq(tmp_path, bits, version, ordered):
 def test_awq(tmp_path):
     codes, scale, zero = groups(random(OUT, IN), 4, 32)
 
-    def pack(values):  # AutoAWQ, WQLinear_GEMM.from_linear: nibble i holds column order[i]
-        columns = values.reshape(values.shape[0], -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-        return pack_bits(columns.reshape(-1, 8), 4).reshape(values.shape[0], -1)
-
-    tensors = {f"{NAME}.qweight": pack(codes.T), f"{NAME}.qzeros": pack(zero.T), f"{NAME}.scales": scale.T.half()}
+    tensors = {f"{NAME}.qweight": pack_awq(codes.T), f"{NAME}.qzeros": pack_awq(zero.T)}
+    tensors[f"{NAME}.scales"] = scale.T.half()
     ref, found = read(tmp_path, tensors, quant_method="awq", bits=4, version="gemm")
     spread = [values.repeat_interleave(32, 1) for values in (scale, zero)]
     assert torch.equal(found.matrix, (codes - spread[1]) * spread[0])
     assert (ref.stored, ref.shape) == ("awq", (OUT, IN))
 
 
-E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
 def e2m1_codes(*shape):
     return torch.randint(0, 16, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-
-
-def two_a_byte(codes):
-    return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def test_mxfp4_experts_of_gpt_oss(tmp_path):
@@ -234,7 +204,7 @@ def test_weight_norm(tmp_path, names):
     conv.parametrizations.weight.original0.mul_(1.7)
     direction, gain = conv.parametrizations.weight.original1, conv.parametrizations.weight.original0
     ref, found = read(tmp_path, {f"conv.{names[0]}": direction, f"conv.{names[1]}": gain})
-    assert torch.allclose(found.matrix, conv.weight.reshape(12, 40), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(found.matrix.float(), conv.weight.reshape(12, 40), rtol=1e-6, atol=1e-8)
     assert (ref.role, ref.stored) == ("conv", "weight-norm")
 
 
@@ -345,6 +315,18 @@ def test_hqq(tmp_path, bits, axis):
 
 
 # --- what comes out ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_singular_values_are_those_of_the_dequantised_matrix(tmp_path, name):
+    tensors, expected = FORMATS[name](random(OUT, IN))
+    tensors = {f"{NAME}.{key}": value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (row,) = lmd_hf.analyze(tmp_path).matrices
+    reference = torch.linalg.svdvals(expected).numpy()
+    kept = reference > 1e-6 * reference[0]
+    assert row.singular_values[kept] == pytest.approx(reference[kept], rel=1e-6)
+    assert row.shape == (OUT, IN)
 
 
 def test_stacked_fp8_experts_take_their_own_scales(tmp_path):
