@@ -34,8 +34,8 @@ def matrix(*, rank: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     if not rank:
         return torch.randn(*SHAPE, generator=generator) * 0.02
-    left, right = (torch.randn(size, rank, generator=generator) for size in SHAPE)
-    return left @ right.T * (0.02 / rank**0.5)
+    left, right = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in SHAPE)
+    return (left @ right.T * (0.02 / rank**0.5)).float()
 
 
 def write(folder: Path, name: str, w: torch.Tensor) -> tuple[Path, torch.Tensor]:

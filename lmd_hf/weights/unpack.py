@@ -1,8 +1,8 @@
 """Stored numbers to the weights that the forward pass uses: one function a format, tensors in, tensors out.
 
 Every function takes the tensors of one matrix (of one expert, where they are stacked) and returns W in float32 or
-float64, in which the products below are computed; nothing goes through the checkpoint's compute dtype. Shapes: O = out, I = in of
-the matrix, G = groups or blocks along I.
+float64, in which the products below are computed; nothing goes through the checkpoint's compute dtype. Shapes: O = out,
+I = in of the matrix, G = groups or blocks along I.
 """
 
 import json
