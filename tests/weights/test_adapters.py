@@ -1,6 +1,8 @@
 """LoRA adapters that PEFT itself wrote: the update of every pair, and the base with the updates added."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -217,3 +219,30 @@ def test_products_of_nothing_or_of_zeros():
     assert thin(Factored(torch.zeros(4, 2), torch.ones(2, 3), 1.0)).values.tolist() == [0, 0]
     with pytest.raises(ValueError, match="empty factors"):
         thin(Factored(torch.ones(4, 0), torch.ones(0, 3), 1.0))
+
+
+def test_an_adapter_on_the_hub_and_its_base(adapter, hub):
+    """The base is pinned to its own commit; of it only what is selected is fetched."""
+    folder, base, _ = adapter("llama", target_modules=["q_proj", "v_proj"])
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+    config = {**json.loads(files["adapter_config.json"]), "base_model_name_or_path": "org/lora-base"}
+    tip = hub.add("org/lora", {**files, "adapter_config.json": json.dumps(config).encode()})
+    below = hub.add("org/lora-base", {path.name: path.read_bytes() for path in base.iterdir()})
+    alone, merged = lmd_hf.analyze("org/lora"), lmd_hf.analyze("org/lora", base="auto", roles=("q",))
+    expected = lmd_hf.analyze(folder, base=base, roles=("q",))
+    assert (alone.model.commit, len(alone.matrices)) == (tip, 4)
+    assert [m.singular_values.tolist() for m in merged.matrices] == [
+        m.singular_values.tolist() for m in expected.matrices
+    ]
+    assert any(f"added to org/lora-base at {below}" in note for note in merged.coverage.notes)
+    assert merged.environment["bytes_fetched"] > 0
+
+
+def test_the_command_reads_adapters(adapter):
+    folder, base, _ = adapter("llama", target_modules=["q_proj"])
+    for options in ([], ["--base", "auto"], ["--base", str(base)]):
+        answer = subprocess.run(
+            [sys.executable, "-m", "lmd_hf", "analyze", str(folder), "--json", *options], capture_output=True, text=True
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout)["coverage"]["fraction"] > 0.9
