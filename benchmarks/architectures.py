@@ -45,7 +45,7 @@ from lmd_hf.weights.source import open_source
 # deformable and gating modules hold no queries and keys
 ATTENTION = re.compile(r"(?<!Deformable)(?<!Gated)(?<!Linear)(?<!Delta)(?<!Lightning)(?<!Rwkv)(?<!RwkvSelf)Attention$")
 MLP = re.compile(r"(?:MLP|Mlp|FeedForward|FFN)$")
-SECONDS = 60  # at most, for one check of one type
+SECONDS = 60  # of processor time at most, for one check of one type
 SLOW = f"more than {SECONDS} s"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FIRST_CHOICE = (
@@ -131,7 +131,7 @@ def judge(model_type: str) -> Verdict:
 
 def judge_small(verdict: Verdict) -> None:
     """The forward pass of a small model; of a larger one where the smallest tells nothing."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         for model in build(verdict.model_type, verdict.class_name):
             try:
@@ -142,7 +142,11 @@ def judge_small(verdict: Verdict) -> None:
             best = verdict.small
             if best is None or (outcome.judged, outcome.whole) > (best.judged, best.whole):
                 verdict.small = outcome
-            if outcome.matrices == 0 or (outcome.passed and outcome.whole) or time.monotonic() - started > SECONDS / 6:
+            if (
+                outcome.matrices == 0
+                or (outcome.passed and outcome.whole)
+                or time.process_time() - started > SECONDS / 6
+            ):
                 break
     except BUILD as error:
         verdict.not_small = short(error)
@@ -273,13 +277,13 @@ def table(verdicts: list[Verdict]) -> str:
 
 def limited(check: Callable[[], Verdict | None]) -> Verdict | None:
     """The check's answer, `None` if it takes too long."""
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return check()
     except TookTooLongError:
         return None
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def check(model_type: str) -> Verdict:
@@ -309,7 +313,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, timed_out)
+    signal.signal(signal.SIGPROF, timed_out)
     types = options.types or sorted(CONFIG_MAPPING.keys())
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=50) as pool:
         verdicts = list(tqdm(pool.imap(check, types), total=len(types), unit="type"))

@@ -30,11 +30,11 @@ VOCABULARY = 256
 LAYERS = re.compile(
     r"(?:num_hidden|num|n|num_encoder|num_decoder|encoder|decoder|\w*(?:text|vision|hidden|attention|transformer|blocks?|"
     r"encoder|decoder|e?qformer|resampler|layout))_layers|layers|n_layer|depth|\w+_depth|num_(?:encoder_)?blocks|"
-    r"num_(?:stacked_)?(?:attention|transformer)_blocks"
+    r"num_(?:stacked_)?(?:attention|transformer)_blocks|num_self_attends_per_block"
 )
 NOT_LAYERS = re.compile(r"max_window_layers|num_feat_extract_layers|iou_head_depth|num_kv_shared_layers")
 WIDTH = re.compile(
-    r"hidden|d_model|section|dims?(?:$|_)|dim$|embd|embed_?|embedding_size|channels?|width|lora_rank|ffn|d_ff|d_kv|d_head|dff|inner"
+    r"hidden|d_model|d_latents|section|upsample_groups|dims?(?:$|_)|dim$|embd|embed_?|embedding_size|channels?|width|lora_rank|ffn|d_ff|d_kv|d_head|dff|inner"
     r"|intermediate|num_filters|head_size|feature_size|features?$|mlp_size|rnn|ssm_state|d_state|state_size|neck|proj_size"
 )
 NOT_WIDTH = re.compile(
@@ -111,6 +111,7 @@ def _fewer_heads(values: dict[str, Any]) -> dict[str, Any]:
 def _depths(values: dict[str, Any]) -> dict[int, int]:
     """{number of layers: how many of them to keep}: two, or as many as it takes to have one of each kind."""
     result = {}
+    values = {key: value for key, value in values.items() if isinstance(key, str)}
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 3:
             continue
@@ -174,7 +175,7 @@ def _shrink_number(
         return depth.get(value, value)
     if key == "num_kv_shared_layers" or (key == "first_k_dense_replace" and depth):
         return min(value, 1 if key.startswith("first") else 0)
-    if re.search(r"vocab_size|^n_words$|^vocab", key) and value > VOCABULARY:
+    if re.search(r"vocab|^n_words$|^num_embeddings$", key) and value > VOCABULARY:
         return VOCABULARY
     if EXPERTS.fullmatch(key):
         return min(value, 4)

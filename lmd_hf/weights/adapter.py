@@ -29,9 +29,9 @@ _NORMED = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1|weight_v)
 @dataclass(frozen=True)
 class Place:
     """Where a stored tensor goes. `path` is the module's (without `.weight`); `kind` is one of `linear`, `conv1d`
-    (transformers' transposed linear), `conv`, `conv_transposed`, `embedding`, `experts`, `experts_transposed`,
-    `flat`, `flat_transposed` (three axes that are one matrix), `vector`, `buffer`, `ignored` (the model class drops it
-    when loading) and `parameter` (anything else). `inside` is the word for the class of the module that holds it:
+    (transformers' transposed linear), `conv`, `conv_transposed`, `embedding`, `experts`, `experts_transposed`, `flat`,
+    `flat_transposed` (three axes that are one matrix), `vector`, `buffer`, `ignored` (the model class drops it when
+    loading) and `parameter` (anything else). `inside` is the word for the class of the module that holds it:
     `attention`, `mlp` …, "" if that says nothing. `pieces` are the paths that transformers cuts it into along its first
     axis. `module` is where it ends up, if its own name does not say so."""
 
