@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from lmd_hf.records import Estimate, Plan
+from lmd_hf.records import Estimate, MatrixRef, Plan
 from lmd_hf.report.text import percent, reasons
 from lmd_hf.weights.inventory import pieces
 
@@ -63,10 +63,11 @@ def plan_to_text(plan: Plan, *, brief: bool = False) -> str:
     if plan.skipped:
         lines.append(f"skipped: {reasons(plan.skipped)}")
     if not brief:
-        rows = Counter((w.ref.stack, w.ref.block, w.ref.role, w.ref.shape, w.ref.dtype, w.kernel) for w in plan.works)
+        refs = [(work.ref, work.kernel) for work in plan.works]
+        rows = Counter((r.stack, r.block, r.role, r.shape, _stored(r), kernel) for r, kernel in refs)
         table = [
-            (" ".join(filter(None, (stack, block, role))), f"{shape[0]} × {shape[1]}", count, dtype, kernel)
-            for (stack, block, role, shape, dtype, kernel), count in rows.items()
+            (" ".join(filter(None, (stack, block, role))), f"{shape[0]} × {shape[1]}", count, stored, kernel)
+            for (stack, block, role, shape, stored, kernel), count in rows.items()
         ]
         lines += ["", tabulate(table, headers=("role", "shape", "matrices", "stored as", "kernel"))]
     return "\n".join(lines)
@@ -76,6 +77,10 @@ def _costs(estimate: Estimate) -> str:
     fetched = f"{estimate.fetch_bytes / 1e6:,.1f} MB" if estimate.fetch_bytes else "nothing"
     seconds = f"{estimate.seconds:,.0f} s" if estimate.seconds >= 1 else "a second or less"
     return f"to fetch: {fetched}; here about {seconds} and {estimate.memory_bytes / 1e6:,.0f} MB of memory"
+
+
+def _stored(ref: MatrixRef) -> str:
+    return ref.dtype if ref.stored == "plain" else f"{ref.stored} ({ref.dtype})"
 
 
 def _planned(plan: Plan) -> int:
