@@ -116,7 +116,7 @@ def _pair_up(left: Refs, right: Refs, fits: Fits) -> tuple[list[Pair], list[tupl
 
 
 def _pair(a: MatrixRef, b: MatrixRef, matched: str) -> Pair:
-    """The pair with what it has in common, and its cost: three spectra and two sets of vectors; in memory both matrices,
+    """The pair with what it has in common, and its cost: three spectra, two sets of vectors; in memory both matrices,
     one of them in float64, and bases of subspaces of up to half their dimension."""
     shape = (min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1]))
     short, long = min(shape), max(shape)
