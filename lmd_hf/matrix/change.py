@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.matrix import dimension
-from lmd_hf.matrix.kernels import UNIT_ROUNDOFF, get_kernel
+from lmd_hf.matrix.kernels import CHUNK_ENTRIES, UNIT_ROUNDOFF, get_kernel
 from lmd_hf.matrix.subspaces import leading_subspaces, principal_angles
 
 
@@ -90,7 +90,7 @@ def measure_change(base: Side, tuned: Side) -> tuple[Update, Drift]:
         raise ValueError("the matrix holds NaN or infinity")
     base_norm = float(torch.linalg.vector_norm(base_OI, dtype=torch.float64))
     if base_OI.dtype != tuned_OI.dtype or not torch.equal(base_OI, tuned_OI):
-        delta_OI = tuned_OI.to(torch.float64) - base_OI
+        delta_OI = tuned_OI.to(torch.float64, copy=True).sub_(base_OI)
         if delta_OI.any():  # else the same numbers in two formats
             errors = [rounding_errors(side) for side in (base, tuned)]
             update = measure_update(delta_OI, rounding_floor(*errors), base_norm)
@@ -130,8 +130,14 @@ def measure_update(delta_OI: Float[Tensor, "O I"], stored_floor: float, base_nor
 
 def rounding_errors(side: Side) -> tuple[Tensor, Tensor]:
     """Σ over each row, and over each column, of (u·w_ij)² + a²: squares of the largest errors that storing made."""
-    squares_OI = side.matrix.to(torch.float64).square().mul_(side.relative**2).add_(side.absolute**2)
-    return squares_OI.sum(1), squares_OI.sum(0)
+    step = max(1, CHUNK_ENTRIES // side.matrix.shape[1])
+    rows, columns = [], torch.zeros(side.matrix.shape[1], dtype=torch.float64, device=side.matrix.device)
+    for start in range(0, side.matrix.shape[0], step):
+        chunk = side.matrix[start : start + step]
+        squares = chunk.to(torch.float64).square().mul_(side.relative**2).add_(side.absolute**2)
+        rows.append(squares.sum(1))
+        columns += squares.sum(0)
+    return torch.cat(rows), columns
 
 
 def rounding_floor(*errors: tuple[Tensor, Tensor]) -> float:

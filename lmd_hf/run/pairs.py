@@ -117,12 +117,13 @@ def _pair_up(left: Refs, right: Refs, fits: Fits) -> tuple[list[Pair], list[tupl
 
 
 def _pair(a: MatrixRef, b: MatrixRef, matched: str) -> Pair:
-    """The pair with what it has in common, and its cost: three spectra, two sets of vectors, Δ in float64."""
+    """The pair with what it has in common, and its cost: three spectra, two sets of vectors; in memory both matrices,
+    one of them in float64, and bases of subspaces of up to half their dimension."""
     shape = (min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1]))
     short, long = min(shape), max(shape)
     flops = 5 * long * short**2 + (3 * EIGEN_FLOPS + 2 * VECTORS) * short**3
     stored = sum((8 if ref.dtype == "F64" else 4) * math.prod(ref.shape) for ref in (a, b))
-    return Pair(a, b, matched, "", shape, flops, stored + 2 * 8 * short * long + 4 * 8 * short**2)
+    return Pair(a, b, matched, "", shape, flops, stored + 3 * 8 * short * long + 4 * 8 * short**2)
 
 
 def _by_name(left: Refs, right: Refs, renaming: tuple[str, str], fits: Fits) -> Iterator[tuple[MatrixRef, MatrixRef]]:
