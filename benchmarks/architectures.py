@@ -103,7 +103,7 @@ def saved_source(model: nn.Module, model_type: str) -> Any:
         for name, value in revert_weight_conversion(model, state).items()
     )
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "model_type": model_type}
-    return SimpleNamespace(config=config, tensors=tensors, module=None, shared=(), notes=())
+    return SimpleNamespace(config=config, tensors=tensors, module=None, shared=(), notes=(), updates=(), read=None)
 
 
 def judge(model_type: str) -> Verdict:
