@@ -39,7 +39,7 @@ TRANSFER = """
 import sys, json, time
 from lmd_hf.api import plan
 from lmd_hf.records import Settings
-from lmd_hf.run.read_ahead import reading_ahead
+from lmd_hf.run.read_ahead import reading_ahead, spans
 from lmd_hf.weights.source import open_source
 works = plan(sys.argv[1], settings=Settings(roles=tuple(filter(None, sys.argv[2].split(","))))).works
 source = open_source(sys.argv[1])
@@ -47,7 +47,8 @@ begun = time.perf_counter()
 with reading_ahead(source, works) as reads:
     for work in reads.works:
         with reads.taking(work):
-            reads.read(*[(n.tensor, n.start, n.stop) for n in reads._needs[work]][0])
+            for span in spans(work.ref):
+                reads.read(span.tensor, span.start, span.stop)
 print(json.dumps({"seconds": time.perf_counter() - begun}))
 """
 COMPUTE = """
