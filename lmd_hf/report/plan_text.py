@@ -24,7 +24,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "decomposed": _planned(plan),
         "flops": sum(work.flops for work in plan.works),
         "bytes_to_fetch": plan.estimate.fetch_bytes if plan.estimate else None,
-        "expected_seconds": round(plan.estimate.seconds, 3) if plan.estimate else None,
+        "expected_seconds": float(f"{plan.estimate.seconds:.3g}") if plan.estimate else None,
         "memory_bytes": plan.estimate.memory_bytes if plan.estimate else None,
         "largest_bytes": max((work.bytes for work in plan.works), default=0),
         "matrices": [
