@@ -21,7 +21,7 @@ Parts = dict[str, TensorRef]
 Read = Callable[[TensorRef], Tensor]
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 BYTES = ("U8", "I8")
-SMALL_READS = 16  # at a time: over a network each is a round trip
+SMALL_READS = 16  # at a time
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,16 @@ def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, re
                 parts = _parts(stem, layout, by_name) | {"weight": tensor}
                 if layout.parts.keys() - parts.keys() <= set(layout.optional) and layout.fits(parts, settings):
                     found[tensor.name] = (name, stem + layout.weight, parts)
-    with ThreadPoolExecutor(SMALL_READS) as pool:
-        shapes = dict(zip(found, pool.map(lambda f: FORMATS[f[0]].shape(f[2], read), found.values()), strict=True))
+    asking = [n for n, (layout, _, _) in found.items() if FORMATS[layout].shape in (_stored_shape, _quant_state_shape)]
+    with ThreadPoolExecutor(SMALL_READS) as pool:  # each is a round trip where the file is far away
+        told = dict(zip(asking, pool.map(lambda name: _shape(found[name], read), asking), strict=True))
+    shapes = {name: told[name] if name in told else _shape(parts, read) for name, parts in found.items()}
     return tuple(_weight(*found[name], shapes[name]) if name in found else _alone(t) for name, t in by_name.items())
+
+
+def _shape(found: tuple[str, str, Parts], read: Read) -> tuple[int, ...]:
+    layout, _, parts = found
+    return FORMATS[layout].shape(parts, read)
 
 
 def _parts(stem: str, layout: Format, by_name: dict[str, TensorRef]) -> Parts:
