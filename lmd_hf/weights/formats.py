@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lmd_hf.errors import FormatError
 from lmd_hf.records import TensorRef, Weight
 from lmd_hf.weights import gguf, unpack
 from lmd_hf.weights.lora import is_adapter, list_adapter_weights
@@ -59,7 +60,11 @@ def _stored_shape(parts: Parts, read: Read) -> tuple[int, ...]:
 
 
 def _quant_state_shape(parts: Parts, read: Read) -> tuple[int, ...]:
-    return tuple(unpack.quant_state(read(parts["state"]))["shape"])
+    state = parts["state"]
+    try:
+        return tuple(unpack.quant_state(read(state))["shape"])
+    except (ValueError, KeyError, TypeError):
+        raise FormatError(f"{state.file}: '{state.name}' is no bitsandbytes state; download it again") from None
 
 
 def _gptq_shape(parts: Parts, read: Read) -> tuple[int, ...]:
@@ -275,4 +280,8 @@ def unpack_weight(layout: str, tensors: tuple[TensorRef, ...], read: Read) -> Un
     if layout == "gguf":
         return gguf.dequantise(read(tensors[0]), tensors[0].dtype)
     known = FORMATS[layout]
-    return known.unpack(**{known.key(tensor.name): read(tensor) for tensor in tensors})
+    parts = {known.key(tensor.name): read(tensor) for tensor in tensors}
+    try:
+        return known.unpack(**parts)
+    except (RuntimeError, LookupError) as error:
+        raise ValueError(f"its {layout} tensors do not fit together ({str(error).splitlines()[0]})") from None

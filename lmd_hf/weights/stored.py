@@ -41,6 +41,8 @@ def read_stored(source: Source, ref: MatrixRef) -> Stored:
         return Stored(w, Rounding(relative=ROUNDOFF[w.dtype]))
     unpacked = unpack_weight(ref.stored, ref.tensors, lambda tensor: _of_expert(source, ref, tensor))
     w = _cut(ref, _oriented(ref, unpacked.values))
+    if tuple(w.shape) != ref.shape:
+        raise ValueError(f"its {ref.stored} tensors make {tuple(w.shape)}, not {ref.shape}")
     return Stored(w, _rounding(ref, unpacked, w.shape[1]))
 
 

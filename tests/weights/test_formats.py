@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, two_a_byte
 
 import lmd_hf
+from lmd_hf.errors import FormatError
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_stored
@@ -17,6 +18,7 @@ from lmd_hf.weights.stored import read_stored
 
 OUT, IN = 192, 256
 NAME = "model.layers.0.mlp.down_proj"
+WORDS = torch.zeros(IN // 8, OUT, dtype=torch.int32)
 
 
 def random(*shape, seed=0, scale=0.02):
@@ -215,19 +217,41 @@ def test_a_live_module_with_weight_norm_too():
     assert report.matrices[0].singular_values == pytest.approx(expected.numpy(), rel=1e-5)
 
 
-@pytest.mark.parametrize("format_", ["gptq", "fp8"])
-def test_tensors_that_do_not_fit_together_are_skipped_with_a_reason(tmp_path, format_):
-    if format_ == "gptq":
-        shapes = {"qweight": (IN // 8, OUT), "qzeros": (5, OUT // 8), "scales": (5, OUT)}
-        kinds = {"scales": torch.half}
-        tensors = {f"{NAME}.{n}": torch.zeros(s, dtype=kinds.get(n, torch.int32)) for n, s in shapes.items()}
-    else:
-        tensors = {f"{NAME}.weight": torch.zeros(OUT, IN).to(torch.float8_e4m3fn)}
-        tensors[f"{NAME}.weight_scale"] = torch.ones(7, 1)
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        (
+            {"qweight": WORDS, "qzeros": torch.zeros(5, OUT // 8, dtype=torch.int32), "scales": torch.ones(5, OUT)},
+            "5 scales along an axis of 256 is no known layout",
+        ),
+        ({"weight": torch.zeros(OUT, IN).to(torch.float8_e4m3fn), "weight_scale": torch.ones(7, 1)}, "no known layout"),
+        (
+            {"qweight": WORDS, "qzeros": torch.zeros(4, OUT // 8, dtype=torch.int32), "scales": torch.ones(4, OUT),
+             "g_idx": torch.full((IN,), 9, dtype=torch.int32)},
+            "its gptq tensors do not fit together",
+        ),
+        (
+            {"W_q": torch.zeros(8, 8, dtype=torch.uint8), "scale": torch.ones(16, 1), "zero": torch.ones(16, 1),
+             "shape": torch.tensor([100, 100]), "nbits": torch.tensor(4)},
+            "its hqq tensors do not fit together",
+        ),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_together_are_skipped_with_a_reason(tmp_path, tensors, reason):
+    tensors = {f"{NAME}.{key}": value for key, value in tensors.items()}
     save_file(tensors | {"other.weight": torch.eye(4)}, tmp_path / "model.safetensors")
     report = lmd_hf.analyze(tmp_path)
     assert [m.name for m in report.matrices] == ["other.weight"]
-    assert any("is no known layout" in s.reason for s in report.coverage.skipped), report.coverage.skipped
+    assert any(reason in s.reason for s in report.coverage.skipped), report.coverage.skipped
+
+
+def test_a_broken_bitsandbytes_state_is_one_clear_line(tmp_path):
+    tensors = {f"{NAME}.weight": torch.zeros(8, 1, dtype=torch.uint8), f"{NAME}.weight.absmax": torch.ones(1)}
+    tensors[f"{NAME}.weight.quant_map"] = torch.ones(16)
+    tensors[f"{NAME}.weight.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match="is no bitsandbytes state"):
+        list_matrices(open_source(tmp_path))
 
 
 def test_an_unknown_format_is_listed_with_its_method(tmp_path):
