@@ -7,7 +7,9 @@ import errno
 import gc
 import json
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +18,8 @@ from lmd_hf.errors import LmdError, OutputError, SourceError
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
+INTERRUPTED = "lmd-hf: interrupted; nothing was written"
+GRACE_SECONDS = 2.0
 
 
 def main() -> NoReturn:
@@ -23,11 +27,25 @@ def main() -> NoReturn:
     gc.set_threshold(
         200_000
     )  # importing torch and transformers makes no garbage: looking for it takes a fifth of the time
+    signal.signal(signal.SIGINT, interrupt)
     code = run()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)  # taking the imported libraries apart one object at a time would take another second
+
+
+def interrupt(*_: object) -> None:
+    """Raise `KeyboardInterrupt`, and end the process soon after if that is lost: Python drops what is raised inside a
+    destructor or a weak reference's callback, of which importing makes thousands."""
+
+    def end() -> None:
+        os._exit(_say(INTERRUPTED, EXIT_INTERRUPTED))
+
+    timer = threading.Timer(GRACE_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -53,7 +71,7 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        return _say("lmd-hf: interrupted; nothing was written", EXIT_INTERRUPTED)
+        return _say(INTERRUPTED, EXIT_INTERRUPTED)
     return EXIT_DONE
 
 

@@ -234,6 +234,29 @@ def test_head_of_a_pipe_is_no_error(save):
     assert answer.stderr == ""
 
 
+def test_an_interrupt_that_python_drops_ends_the_command_all_the_same():
+    """What a signal handler raises inside a destructor is lost."""
+    code = """
+import os, signal, time
+from lmd_hf.cli import interrupt
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+signal.signal(signal.SIGINT, interrupt)
+dropped = Dropped()
+del dropped
+print("lost", flush=True)
+time.sleep(30)
+"""
+    begun = time.monotonic()
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert answer.stdout == "lost\n"
+    assert answer.returncode == 130
+    assert "lmd-hf: interrupted" in answer.stderr
+    assert time.monotonic() - begun < 20
+
+
 def test_ctrl_c_exits_130_at_once_and_writes_nothing(tmp_path):
     """A 6,000-square matrix keeps LAPACK busy for many seconds; the interrupt must not wait for it."""
     generator = torch.Generator().manual_seed(0)
