@@ -25,7 +25,11 @@ def weight_files(names: list[str], where: str) -> list[str]:
     """
     names = [name for name in names if "/" not in name and not re.fullmatch(TRAINING_STATE, name)]
     for endings in ((".safetensors",), PICKLES):
-        if found := _of_kind(names, endings):
+        found = _of_kind(names, endings)
+        if len(found) > 1 and re.match(r"consolidated\.\d+\.", found[0]):
+            remedy = "read the repository's safetensors files, or join the slices with their authors' script"
+            raise SourceError(f"{where}: {len(found)} files each hold a slice of every matrix; {remedy}")
+        if found:
             return found
     quantised = [name for name in names if name.endswith(".gguf")]
     if len(quantised) > 1:

@@ -124,6 +124,11 @@ def test_several_gguf_files_are_a_choice():
         weight_files(["a.gguf", "b.gguf"], "here")
 
 
+def test_slices_of_every_matrix_are_not_taken_for_matrices():
+    with pytest.raises(SourceError, match="2 files each hold a slice of every matrix"):
+        weight_files(["consolidated.00.pth", "consolidated.01.pth", "params.json"], "here")
+
+
 ORIGINAL = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv"}
 ORIGINAL |= {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2"}
 ORIGINAL |= {"mlp.up_proj": "feed_forward.w3", "embed_tokens": "tok_embeddings", "lm_head": "output", "model.": ""}
