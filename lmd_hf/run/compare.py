@@ -40,7 +40,7 @@ def compare_all(
     pairs = matching.pairs
     workers = count_workers([pair.bytes for pair in pairs], where)
     outcomes: dict[int, MatrixChange | Unmatched] = {}
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, len(pairs)) as pool:
         order = sorted(range(len(pairs)), key=lambda index: -pairs[index].flops)
         futures = {pool.submit(_compare_pair, pairs[index], base, tuned, where): index for index in order}
         for future in as_completed(futures):

@@ -36,7 +36,7 @@ def estimate(plan: Plan, source: Source) -> Estimate:
     largest = max((work.bytes for work in works), default=0)
     return Estimate(
         fetch_bytes=sum(span.bytes for span in remote),
-        seconds=flops / flops_per_second(device, workers, _usual_side(works)) if works else 0.0,
+        seconds=flops / flops_per_second(device, workers, len(works), _usual_side(works)) if works else 0.0,
         memory_bytes=psutil.Process().memory_info().rss + workers * largest + ahead,
     )
 
@@ -50,10 +50,10 @@ def _usual_side(works: list[Work]) -> int:
 
 
 @lru_cache(maxsize=64)
-def flops_per_second(device: torch.device, workers: int, side: int) -> float:
+def flops_per_second(device: torch.device, workers: int, matrices: int, side: int) -> float:
     """What all workers together reach with the exact kernel on 2·side × side matrices, in half a second."""
     w = torch.randn(2 * side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, matrices) as pool:
         pool.submit(get_kernel("exact"), w[:64, :64]).result()  # the first run loads libraries
         begun = time.perf_counter()
         runs = sum(pool.map(lambda _: _runs_until(begun + PROBE_SECONDS, w), range(workers)))

@@ -57,7 +57,7 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with worker_pool(worker_count(works, device, source)) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(worker_count(works, device, source), len(works)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
@@ -82,7 +82,7 @@ def execute(
     works = [work for work in places if _entries(work.ref) not in spectra]
     workers = worker_count(list(places), device, source)
     outcomes: dict[int, Outcome] = {}
-    with worker_pool(workers) as pool, reading_ahead(source, works) as reads:
+    with worker_pool(workers, len(places)) as pool, reading_ahead(source, works) as reads:
         done = [work for work in places if _entries(work.ref) in spectra]
         futures = {
             pool.submit(_do, reads, plan, work, device, spectra.get(_entries(work.ref))): work
@@ -140,11 +140,15 @@ def _cores() -> int:
 
 
 @contextmanager
-def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Worker threads that share the cores. On an interrupt, what has not started is dropped at once."""
+def worker_pool(workers: int, matrices: int) -> Iterator[ThreadPoolExecutor]:
+    """Worker threads that share the cores. On an interrupt, what has not started is dropped at once.
+
+    BLAS gets more than one thread where matrices are fewer than cores, not where memory keeps workers few: LAPACK's
+    eigenvalues of a 2,048 × 2,048 matrix took four to twelve times as long on two threads as on one.
+    """
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
-    limits = threadpool_limits(limits=max(1, cores // workers))
+    limits = threadpool_limits(limits=max(1, cores // max(1, matrices)))
     finished = False
     try:
         yield pool
