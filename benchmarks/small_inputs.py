@@ -57,7 +57,7 @@ def candidates(model: Any, names: Any) -> Iterator[Inputs]:
     media = {name: list(values(name, config)) for name in MEDIA if name in names}
     media = {name: found for name, found in media.items() if found}
     main = getattr(model, "main_input_name", "")
-    if main in media:
+    if isinstance(main, str) and main in media:
         media = {main: media[main], **media}
     for chosen in itertools.product(*media.values()):
         yield {**text, **dict(zip(media, chosen, strict=True)), **extra}
@@ -146,10 +146,10 @@ def values(name: str, config: Any) -> Iterator[Tensor]:
         yield noise(1, setting(config, 1024, "max_length"), setting(config, 128, "num_mel_bins"))
         yield noise(1, 50, setting(config, 80, "num_mel_bins"))
     elif name == "hidden_states":
-        patch, frames = setting(config, 14, "patch_size"), setting(config, 1, "temporal_patch_size")
+        patch, frames = pair(setting(config, 14, "patch_size"))[0], setting(config, 1, "temporal_patch_size")
         yield noise(16, setting(config, 3, "in_channels", "in_chans", "num_channels") * frames * patch * patch)
     elif name == "flattened_patches":
-        patch = setting(config, 16, "patch_size")
+        patch = pair(setting(config, 16, "patch_size"))[0]
         yield torch.cat([torch.arange(8.0).reshape(1, 8, 1).repeat(1, 1, 2), noise(1, 8, patch * patch * 3)], -1)
     elif name == "past_values":
         length = setting(config, 24, "context_length")

@@ -20,10 +20,10 @@ from lmd_hf.weights.adapter import BUILD_ERRORS
 
 
 MOST = 20_000_000  # parameters
-# terms of attention scores beside q·k: by position, which q × c with k / c would change, so they are taken out
-POSITION = re.compile(
+# terms beside a product, by position or from an adapter, which do not scale with it: they are taken out
+BESIDE = re.compile(
     r"rel_pos|relative_k_proj|linear_pos|pos_(?:key|query|q)?_?(?:proj|embed)|distance_embedding|r_kernel|\br\b|rel_proj"
-    r"|\br_net\b|relative_position_k|seg_embed"
+    r"|\br_net\b|relative_position_k|seg_embed|pe_k|emb_rel|value_embed|adapter_list"
 )
 SCALES = (16, 8, 4, 32, 2, 1)
 VOCABULARY = 256
@@ -232,7 +232,7 @@ def randomise(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            if "bias" in name.rpartition(".")[2] or POSITION.search(name):
+            if "bias" in name.rpartition(".")[2] or BESIDE.search(name):
                 parameter.zero_()
             elif parameter.ndim > 1:
                 fan = parameter[0].numel() if parameter.ndim == 2 else max(parameter.shape[-2:])
