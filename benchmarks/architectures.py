@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import re
 import signal
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -154,7 +155,8 @@ def judge_small(verdict: Verdict) -> None:
 
 def short(error: BaseException) -> str:
     """An error in a table's cell."""
-    return f"{type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"[:90].replace("|", "/")
+    text = re.sub(rf"{tempfile.gettempdir()}/\w+", "the folder", (str(error).strip() or " ").splitlines()[0])
+    return f"{type(error).__name__}: {text}"[:90].replace("|", "/")
 
 
 def incomplete(model: nn.Module, refs: tuple[MatrixRef, ...]) -> list[str]:
