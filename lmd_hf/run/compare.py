@@ -13,7 +13,8 @@ from lmd_hf.changes import Changes, Matching, MatrixChange, Pair, Unmatched, Vec
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.change import Drift, Side, Update, measure_change
 from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
-from lmd_hf.run.execute import count_workers, environment, pick_device, worker_pool
+from lmd_hf.run.execute import environment
+from lmd_hf.run.workers import count_workers, pick_device, worker_pool
 from lmd_hf.weights.lora import multiplied
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import read_stored

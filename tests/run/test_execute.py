@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lmd_hf import analyze
 from lmd_hf.records import Settings
-from lmd_hf.run.execute import execute, head_start, pick_device
+from lmd_hf.run.execute import execute, head_start
 from lmd_hf.run.plan import make_plan
+from lmd_hf.run.workers import pick_device
 from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.source import open_source
 

@@ -1,0 +1,80 @@
+"""The hands: which device, how many matrices at one time, how many threads each."""
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import psutil
+import torch
+from threadpoolctl import threadpool_limits
+
+from lmd_hf.errors import SettingsError
+from lmd_hf.records import Work
+from lmd_hf.weights.source import FileSource, Source
+
+
+MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
+LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
+MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the accelerator if there is one that does float64, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def worker_count(works: list[Work], device: torch.device, source: Source) -> int:
+    """How many matrices are worked on at one time.
+
+    What comes over a network comes slowly: there, memory is kept to that of the largest matrix, whatever is free.
+    """
+    limit = math.inf
+    if works and isinstance(source, FileSource) and source.connection is not None:
+        largest = max(8 * math.prod(work.ref.shape) for work in works)
+        limit = max(LARGEST_SHARE * largest, MEMORY_PER_CORE * _cores())
+    return count_workers([work.bytes for work in works], device, limit)
+
+
+def count_workers(sizes: list[int], device: torch.device, limit: float = math.inf) -> int:
+    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit into what is free and below
+    `limit`; one on an accelerator."""
+    if device.type != "cpu" or not sizes:
+        return 1
+    room = min(psutil.virtual_memory().available * MEMORY_SHARE, limit)
+    return min(_cores(), len(sizes), max(1, int(room // max(sizes))))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def worker_pool(workers: int, matrices: int) -> Iterator[ThreadPoolExecutor]:
+    """Worker threads that share the cores. On an interrupt, what has not started is dropped at once.
+
+    BLAS gets more than one thread where matrices are fewer than cores, not where memory keeps workers few: LAPACK's
+    eigenvalues of a 2,048 × 2,048 matrix took four to twelve times as long on two threads as on one.
+    """
+    cores = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
+    limits = threadpool_limits(limits=max(1, cores // max(1, matrices)))
+    finished = False
+    try:
+        yield pool
+        finished = True
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if finished:
+            limits.restore_original_limits()
+        else:  # restoring waits for a BLAS call under way; an interrupt must not
+            threading.Thread(target=limits.restore_original_limits, daemon=True).start()
