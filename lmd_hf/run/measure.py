@@ -1,5 +1,6 @@
 """All numbers of one matrix: the only place where `weights` and `matrix` meet."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,31 +18,37 @@ from lmd_hf.weights.stored import Rounding, Stored, read_gain
 NOISE = ("mp_edge", "mp_spikes", "mp_spikes_99", "mp_fit_distance")
 
 
-def measure(source: Source, ref: MatrixRef, stored: Stored, *, metric: str, kernel: str) -> MatrixReport:
-    """Spectrum and every number of theory for W, in the metric asked for (`identity` where no norm feeds W)."""
+@dataclass(frozen=True)
+class Spectra:
+    """What is computed of one matrix: σ(W), S' in the metric asked for where that is another, and how coarsely W was
+    stored."""
+
+    raw: Spectrum
+    used: Spectrum | None
+    rounding: Rounding
+
+
+def read_metric(source: Source, ref: MatrixRef, metric: str) -> torch.Tensor | None:
+    """The gain γ whose metric is asked for; `None` where that is the identity, or no norm feeds the matrix."""
+    plain = metric == "identity" or ref.norm is None or ref.stored == "lora"
+    return None if plain or ref.norm is None else read_gain(source, ref.norm)
+
+
+def measure(stored: Stored, gain: torch.Tensor | None, kernel: str) -> Spectra:
+    """The spectra of W. Raises `ValueError` for NaN and infinity, in W or in the gain."""
     w_OI = stored.matrix
-    spectrum = spectrum_of(w_OI, kernel)
-    raw = spectrum.values.numpy()
-    used = "identity"
-    if metric == "norm" and ref.norm is not None and not isinstance(w_OI, Factored):
-        gain = norm(read_gain(source, ref.norm).to(w_OI.device))
-        spectrum = get_kernel(kernel)(gain.power_times(0.5, w_OI.to(torch.float64).T).T)
-        used = "norm"
-    return to_row(ref, spectrum, stored.rounding, raw, metric=used, kernel=kernel)
+    raw = spectrum_of(w_OI, kernel)
+    if gain is None or isinstance(w_OI, Factored):
+        return Spectra(raw, None, stored.rounding)
+    scaled = norm(gain.to(w_OI.device)).power_times(0.5, w_OI.to(torch.float64).T).T
+    return Spectra(raw, get_kernel(kernel)(scaled), stored.rounding)
 
 
-def to_row(
-    ref: MatrixRef,
-    spectrum: Spectrum,
-    rounding: Rounding,
-    raw: np.ndarray | None = None,
-    *,
-    metric: str = "identity",
-    kernel: str,
-) -> MatrixReport:
-    """Every number of theory for a matrix, from its spectrum in a metric and `raw`, σ(W), where that is another."""
-    s = spectrum.values.numpy()
-    raw = s if raw is None else raw
+def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
+    """Every number of theory for a matrix, from its spectra."""
+    spectrum, rounding = spectra.used or spectra.raw, spectra.rounding
+    metric = "identity" if spectra.used is None else "norm"
+    s, raw = spectrum.values.numpy(), spectra.raw.values.numpy()
     s.flags.writeable = False
     product = len(s) < min(ref.shape)  # of thin factors: the other values are exactly 0, and no noise fills them
     latent, rule = dimension.latent_dimension(s, raw, max(ref.shape), "product" if product else metric)
