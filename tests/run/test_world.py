@@ -107,7 +107,8 @@ try:
                 raise SettingsError("only here")
         world.together(fail)
 except LmdError as error:
-    print(world.rank, error, flush=True)
+    sys.stdout.write(f"{world.rank} {error}\\n")
+    sys.stdout.flush()
 world.leave()
 """
 
