@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--runs 3] [--layers 6]
 
 The model is LLaMA-like with random bf16 weights (hidden 2048, feed-forward 5632), over a minute of work for one core.
-One process is kept to one core, where `taskset` is there to do that; two are started by torchrun, which gives each its own
-half of the machine. Every run is a fresh one: nothing is taken from the cache of an earlier one.
+One process is kept to one core by `taskset`; two are started by torchrun, and each takes half of the machine. Every run
+is a fresh one: nothing is taken from the cache of an earlier one.
 """
 
 import argparse
