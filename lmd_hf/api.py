@@ -25,6 +25,7 @@ from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
+from lmd_hf.weights.named import names_tell_all
 from lmd_hf.weights.source import FileSource, Source, open_source
 
 
@@ -143,8 +144,8 @@ _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f
 
 
 def _ahead(source: Source, settings: Settings) -> AbstractContextManager[HeadStart | None]:
-    """The matrices that names alone reveal, under way. A live module needs none: its libraries are imported."""
-    if source.module is not None or source.updates or settings.metric != "identity":
+    """The matrices that names alone reveal, under way, where the plan waits for imports (a live module has them)."""
+    if source.module is not None or source.updates or settings.metric != "identity" or names_tell_all(source):
         return nullcontext()
     try:
         early = make_plan(list_by_name(source), source.identity, settings)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    with worker_pool(worker_count(works, device, source), len(works)) as pool, reading_ahead(source, works) as reads:
+    workers = max(1, worker_count(works, device, source) - 1)  # a core is left to the imports, which the plan waits for
+    with worker_pool(workers, len(works)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
 
@@ -150,8 +152,6 @@ def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
 
 def environment(device: torch.device, workers: int, *sources: Source) -> dict[str, Any]:
     """What ran the work: versions, device and threads, and what was fetched from the Hub."""
-    import transformers
-
     links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
     fetched = {
         "bytes_fetched": sum(link.bytes_fetched for link in links),
@@ -160,7 +160,7 @@ def environment(device: torch.device, workers: int, *sources: Source) -> dict[st
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),  # importing it would take seconds
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,
