@@ -131,7 +131,11 @@ def _skipped(ref: MatrixRef, reason: str) -> tuple[Skipped, ...]:
 
 def _measured(source: Source, plan: Plan, work: Work, stored: Stored, device: torch.device) -> Outcome:
     ref, w = work.ref, stored.matrix
-    if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(source, plan, ref)):
+    if (
+        ref.tied_to is not None
+        and isinstance(w, torch.Tensor)
+        and torch.equal(w, _repeated(source, plan, ref).to(w.device))
+    ):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
         return measure(source, ref, _moved(stored, device), metric=plan.settings.metric, kernel=work.kernel)
