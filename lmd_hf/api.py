@@ -28,6 +28,7 @@ from lmd_hf.run.plan import make_plan
 from lmd_hf.run.world import World
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
+from lmd_hf.weights.named import names_tell_all
 from lmd_hf.weights.source import FileSource, Source, open_source
 
 
@@ -213,9 +214,10 @@ _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f
 def _ahead(
     source: Source, settings: Settings, world: World, journal: Journal
 ) -> AbstractContextManager[HeadStart | None]:
-    """The matrices that names alone reveal, under way. A live module needs none: its libraries are imported. Nor do
-    several ranks, of which none yet knows its share."""
-    if world.size > 1 or source.module is not None or source.updates or settings.metric != "identity":
+    """The matrices that names alone reveal, under way, where the plan waits for imports (a live module has them).
+    Several ranks have none: no rank knows its share before the plan."""
+    live = source.module is not None or source.updates
+    if live or world.size > 1 or settings.metric != "identity" or names_tell_all(source):
         return nullcontext()
     try:
         early = make_plan(list_by_name(source), source.identity, settings)

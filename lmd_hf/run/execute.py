@@ -7,6 +7,7 @@ from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadSta
     """
     bench = Bench(plan, source, journal, pick_device(plan.settings.device))
     works = [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
-    hands = worker_pool(worker_count(works, bench.device, source), len(works))
+    workers = worker_count(works, bench.device, source)
+    hands = worker_pool(max(1, workers - 1), len(works))  # a core is left to the imports, which the plan waits for
     with hands as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)
 
@@ -175,7 +177,7 @@ class Bench:
 
     def _measured(self, reads: ReadAhead, work: Work, stored: Stored) -> Outcome:
         ref, w = work.ref, stored.matrix
-        if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(reads, ref)):
+        if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(reads, ref, w.device)):
             return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
         try:
             return to_row(ref, self._decomposed(reads, work, stored), kernel=work.kernel)
@@ -206,17 +208,15 @@ def _skipped(ref: MatrixRef, reason: str) -> tuple[Skipped, ...]:
     return tuple(Skipped(name, shape, reason) for name, shape in pieces(ref))
 
 
-def _repeated(source: Source, ref: MatrixRef) -> torch.Tensor:
+def _repeated(source: Source, ref: MatrixRef, device: torch.device) -> torch.Tensor:
     """The matrix that `ref` is tied to, in the orientation of `ref`."""
     of = next(tensor for tensor in source.tensors if tensor.name == ref.tied_to)
-    value = source.read(of)
+    value = source.read(of).to(device)
     return value.T if ref.transposed else value
 
 
 def environment(device: torch.device, workers: int, *sources: Source) -> dict[str, Any]:
     """What ran the work: versions, device and threads, and what was fetched from the Hub."""
-    import transformers
-
     links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
     fetched = {
         "bytes_fetched": sum(link.bytes_fetched for link in links),
@@ -225,7 +225,7 @@ def environment(device: torch.device, workers: int, *sources: Source) -> dict[st
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),  # importing it would take seconds
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,

@@ -1,11 +1,14 @@
 """All numbers of one matrix: the only place where `weights` and `matrix` meet."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from lmd_hf.matrix import capacity, dimension, noise
 from lmd_hf.matrix.kernels import Spectrum, get_kernel, spectrum_of
@@ -15,6 +18,15 @@ from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Rounding, Stored, read_gain
 
 
+# the usual ones under transformers' names, whose own module imports for a second
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+}
 NOISE = ("mp_edge", "mp_spikes", "mp_spikes_99", "mp_fit_distance")
 
 
@@ -110,9 +122,15 @@ def _degrees(activation: str | None, gated: bool) -> tuple[int, float | None]:
     """(energy degree, effective degree) of an MLP's activation; those of the classical network elsewhere."""
     if activation is None:
         return capacity.energy_degree(None), None
+    function = ACTIVATIONS.get(activation) or _imported(activation)
+    if function is None:
+        return capacity.energy_degree(None), None
+    return capacity.energy_degree(function, gated=gated), capacity.effective_degree(function)
+
+
+def _imported(activation: str) -> Callable[[Tensor], Tensor] | None:
     from transformers.activations import ACT2FN
 
     if activation not in ACT2FN:
-        return capacity.energy_degree(None), None
-    function = ACT2FN[activation]
-    return capacity.energy_degree(function, gated=gated), capacity.effective_degree(function)
+        return None
+    return ACT2FN[activation]  # not `get`: looking up makes the function

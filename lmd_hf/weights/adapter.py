@@ -62,11 +62,11 @@ def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module
     else:
         mapped = {weight.name: Target(weight.name) for weight in weights}
     if module is None:
-        places = _places_by_name(weights)
+        places = places_by_name(weights)
         return Tree(places, {}, Config(config), tuple(notes))
     values = _config_values(module, config)
     known = _known_parameters(module, Config(values))
-    by_name = _places_by_name(weights)
+    by_name = places_by_name(weights)
     ignored = [re.compile(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     places = {}
     for weight in weights:
@@ -215,7 +215,7 @@ def _ties(module: nn.Module, mapped: dict[str, Target]) -> dict[str, str]:
 # --- names alone -------------------------------------------------------------------------------------------------
 
 
-def _places_by_name(weights: tuple[Weight, ...]) -> dict[str, Place]:
+def places_by_name(weights: tuple[Weight, ...]) -> dict[str, Place]:
     """Places guessed from names and shapes; a bias beside a matrix tells which of its axes is the output."""
     shapes = {weight.name: weight.shape for weight in weights}
     transposed = _transposed_leaves(shapes)
