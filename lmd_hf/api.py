@@ -21,7 +21,7 @@ from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
-from lmd_hf.run.execute import HeadStart, execute, head_start
+from lmd_hf.run.execute import HeadStart, Output, execute, head_start
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
@@ -53,7 +53,9 @@ def analyze(
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    rank: int = 0,
     device: str = "auto",
+    factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report: ...
 
@@ -75,7 +77,9 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    rank: int = 0,
     device: str = "auto",
+    factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report | list[Report]:
     """Decompose every weight matrix of a model and return the report; of a list of models, a list of reports.
@@ -86,6 +90,10 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
     the updates added. The keywords after that are the fields of `Settings`.
 
+    With `rank` and `factors`, the rank that has a matrix also writes its leading axes into that folder, one safetensors
+    file each: `projection` (U·Odist), `s` (S') and `similarity` (Idist·Vᵀ), as `lmd_hf.decompose` gives them (of
+    several models, into folders 0, 1, 2 …).
+
     Finished spectra are kept below the Hugging Face cache as they come, and not computed again for the same weights,
     settings and version (`lmd-hf cache` lists and clears them); a live module's are not kept. `world`, from
     `lmd_hf.run.world.join()`, shares the work between the processes of torchrun or `accelerate launch`, all of which
@@ -94,15 +102,22 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     is in `report.unread`. Raises `SourceError`, `FormatError` or `SettingsError`, each with its remedy; of several
     models, after the others are done.
     """
-    settings = Settings(metric, kernel, tuple(roles), layers, match, device)
+    settings = Settings(
+        metric=metric, kernel=kernel, roles=tuple(roles), layers=layers, match=match, rank=rank, device=device
+    )
+    if (rank > 0) != (factors is not None):
+        raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
     world = world or World()
     where = {"revision": revision, "subfolder": subfolder, "token": token, "download": download, "base": base}
     if isinstance(model, (list, tuple)):
-        return _analyze_all(model, where, settings, world)
-    return _analyze_one(model, where, settings, world)
+        folders = None if factors is None else [Path(factors) / str(place) for place in range(len(model))]
+        return _analyze_all(model, where, settings, world, folders)
+    return _analyze_one(model, where, settings, world, None if factors is None else Path(factors))
 
 
-def _analyze_one(model: str | Path | nn.Module, where: dict[str, Any], settings: Settings, world: World) -> Report:
+def _analyze_one(
+    model: str | Path | nn.Module, where: dict[str, Any], settings: Settings, world: World, factors: Path | None
+) -> Report:
     started = time.perf_counter()
     source = world.together(lambda: open_source(model, **where))
     opened = time.perf_counter()
@@ -118,7 +133,8 @@ def _analyze_one(model: str | Path | nn.Module, where: dict[str, Any], settings:
             planned = time.perf_counter()
             identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
             with _progress("decomposing", todo.works, world) as progress:
-                results = execute(todo, source, world=world, journal=journal, ahead=ahead, progress=progress)
+                output = Output(journal, factors)
+                results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -131,20 +147,35 @@ def _analyze_one(model: str | Path | nn.Module, where: dict[str, Any], settings:
 
 
 def analyze_each(
-    models: Sequence[str | Path], where: dict[str, Any], settings: Settings, world: World
+    models: Sequence[str | Path],
+    where: dict[str, Any],
+    settings: Settings,
+    world: World,
+    *,
+    factors: Sequence[Path] | None = None,
 ) -> Iterator[tuple[int, Report | LmdError]]:
     """(place in the list, its report or what went wrong) for the models that fall to this rank: always the next one
     that no rank has taken."""
     tickets = world.counter()
+    folders: Sequence[Path | None] = factors or [None] * len(models)
     while (index := round(tickets.add(1)) - 1) < len(models):
         try:
-            yield index, _analyze_one(models[index], where, settings, World())
+            yield (
+                index,
+                _analyze_one(models[index], where, settings, World(), folders[index]),
+            )
         except LmdError as error:
             yield index, error
 
 
-def _analyze_all(models: Sequence[str | Path], where: dict[str, Any], settings: Settings, world: World) -> list[Report]:
-    shares = world.gather(dict(analyze_each(models, where, settings, world)))
+def _analyze_all(
+    models: Sequence[str | Path],
+    where: dict[str, Any],
+    settings: Settings,
+    world: World,
+    factors: Sequence[Path] | None,
+) -> list[Report]:
+    shares = world.gather(dict(analyze_each(models, where, settings, world, factors=factors)))
     outcomes = {index: outcome for share in shares for index, outcome in share.items()}
     for index, model in enumerate(models):
         if isinstance(error := outcomes[index], LmdError):
@@ -215,9 +246,9 @@ def _ahead(
     source: Source, settings: Settings, world: World, journal: Journal
 ) -> AbstractContextManager[HeadStart | None]:
     """The matrices that names alone reveal, under way, where the plan waits for imports (a live module has them).
-    Several ranks have none: no rank knows its share before the plan."""
+    Several ranks have none, for no rank knows its share before the plan, nor do factors, which have names."""
     live = source.module is not None or source.updates
-    if live or world.size > 1 or settings.metric != "identity" or names_tell_all(source):
+    if live or world.size > 1 or settings.rank > 0 or settings.metric != "identity" or names_tell_all(source):
         return nullcontext()
     try:
         early = make_plan(list_by_name(source), source.identity, settings)

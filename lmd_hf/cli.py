@@ -23,6 +23,7 @@ from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 INTERRUPTED = "lmd-hf: interrupted; nothing was written, finished matrices are kept for the next run"
 GRACE_SECONDS = 2.0
+FACTORS = "factors"  # the folder below --out
 
 
 def main() -> NoReturn:
@@ -154,9 +155,9 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
         f"--{field.name}",
         default=field.default,
         choices=field.metadata.get("choices"),
-        type=_comma_list if is_list else str,
+        type=_comma_list if is_list else type(field.default),
         metavar=None if "choices" in field.metadata else field.name.upper(),
-        help=f"{field.metadata['help']} (default: {field.default or 'all'})",
+        help=f"{field.metadata['help']} (default: {'all' if field.default in ('', ()) else field.default})",
     )
 
 
@@ -183,12 +184,15 @@ def _analyze(options: argparse.Namespace) -> None:
 
     _begin(options)
     world = join(options.device)
+    if options.rank > 0 and options.out is None:
+        raise SettingsError("--rank writes factors, and needs a folder for them: give --out DIR")
     if options.out is not None:
         world.together(lambda: _check_out(options.out))
     if len(options.model) > 1:
         _analyze_several(options, world)
     else:
-        report = _run_analysis(options, options.model[0], world=world)
+        factors = options.out / FACTORS if options.rank > 0 else None
+        report = _run_analysis(options, options.model[0], world=world, factors=factors)
         if world.rank == 0:
             _finish(report, options)
     world.leave()
@@ -212,9 +216,12 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
 
     mine = {}
     where = {**_where(options), "token": None}
-    for index, outcome in analyze_each(options.model, where, Settings(**_chosen_settings(options)), world):
+    folders = [options.out and options.out / re.sub(r"[^\w.-]+", "--", name).strip(".-") for name in options.model]
+    factors = [folder / FACTORS for folder in folders] if options.rank > 0 else None
+    settings = Settings(**_chosen_settings(options))
+    for index, outcome in analyze_each(options.model, where, settings, world, factors=factors):
         if isinstance(outcome, Report) and options.out is not None:
-            _write_report(options.out / re.sub(r"[^\w.-]+", "--", options.model[index]).strip(".-"), outcome)
+            _write_report(folders[index], outcome)
         mine[index] = outcome
     shares = world.gather(mine)
     if world.rank > 0:

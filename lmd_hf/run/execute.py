@@ -5,15 +5,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
+from lmd_hf.run.factors import is_written, write_factors
 from lmd_hf.run.journal import Journal, Keys, content_key, place_key
 from lmd_hf.run.measure import Spectra, measure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
@@ -51,12 +53,20 @@ def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadSta
     A spectrum depends on which entries of a stored tensor form the matrix, not on role or orientation, so what was
     planned from names alone stays valid wherever the final plan cuts the same matrix.
     """
-    bench = Bench(plan, source, journal, pick_device(plan.settings.device))
+    bench = Bench(plan, source, Output(journal), pick_device(plan.settings.device))
     works = [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
     workers = worker_count(works, bench.device, source)
     hands = worker_pool(max(1, workers - 1), len(works))  # a core is left to the imports, which the plan waits for
     with hands as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written when a matrix is finished: its spectrum, and its factors where there is a folder for them."""
+
+    journal: Journal = field(default_factory=Journal)
+    factors: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def execute(
     source: Source,
     *,
     world: World | None = None,
-    journal: Journal | None = None,
+    output: Output | None = None,
     ahead: HeadStart | None = None,
     progress: Callable[[Work], None] | None = None,
 ) -> Results:
@@ -82,32 +92,39 @@ def execute(
     plan's order; on every rank the same.
 
     On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
-    matrix that cannot be done becomes `Skipped`; the others go on. What the `journal` holds is not computed again, nor
-    read where its bytes are known by their file's hash; `ahead` holds what a head start has done or is doing.
+    matrix that cannot be done becomes `Skipped`; the others go on. What the journal of `output` holds is not computed
+    again, nor read where its file's hash is known; `ahead` holds what a head start has done or is doing.
     `progress` is called, in this thread, after each matrix.
     """
     started = time.perf_counter()
-    world, journal = world or World(), journal or Journal()
-    spectra = ahead.take_over() if ahead is not None else {}
-    bench = Bench(plan, source, journal, pick_device(plan.settings.device))
-    places = {plan.works[index]: index for index in plan.shards[world.rank]}
-    ready = [work for work in places if _entries(work.ref) in spectra or bench.is_finished(work)]
-    works = [work for work in places if work not in set(ready)]
-    workers = worker_count(list(places), bench.device, source)
+    world = world or World()
+    bench = Bench(plan, source, output or Output(), pick_device(plan.settings.device))
+    indices = plan.shards[world.rank]
+    share = world.together(lambda: _do(bench, indices, ahead.take_over() if ahead is not None else {}, progress))
+    workers = worker_count([plan.works[index] for index in indices], bench.device, source)
+    return _results(world.gather(share), environment(bench.device, workers, source), started)
+
+
+def _do(
+    bench: "Bench", indices: tuple[int, ...], begun: dict[Any, Begun], progress: Callable[[Work], None] | None
+) -> Share:
+    places = {bench.plan.works[index]: index for index in indices}
+    ready = {work for work in places if _entries(work.ref) in begun or bench.is_finished(work)}
+    works = [work for work in places if work not in ready]
     outcomes: dict[int, Outcome] = {}
-    with worker_pool(workers, len(places)) as pool, reading_ahead(source, works) as reads:
+    workers = worker_count(list(places), bench.device, bench.source)
+    with worker_pool(workers, len(places)) as pool, reading_ahead(bench.source, works) as reads:
         futures = {
-            pool.submit(bench.outcome, reads, work, spectra.get(_entries(work.ref))): work
-            for work in (*ready, *reads.works)
+            pool.submit(bench.outcome, reads, work, begun.get(_entries(work.ref))): work
+            for work in (*(work for work in places if work in ready), *reads.works)
         }
         for future in as_completed(futures):
             outcomes[places[futures[future]]] = future.result()
             if progress is not None:
                 progress(futures[future])
-    links = [source.connection] if isinstance(source, FileSource) and source.connection is not None else []
-    touched = frozenset(name for link in links for name in link.files_touched)
-    share = Share(outcomes, journal.reused, sum(link.bytes_fetched for link in links), touched)
-    return _results(world.gather(share), environment(bench.device, workers, source), started)
+    link = bench.source.connection if isinstance(bench.source, FileSource) else None
+    fetched, touched = (link.bytes_fetched, frozenset(link.files_touched)) if link is not None else (0, frozenset())
+    return Share(outcomes, bench.output.journal.reused, fetched, touched)
 
 
 def _results(shares: list[Share], here: dict[str, Any], started: float) -> Results:
@@ -137,7 +154,7 @@ class Bench:
 
     plan: Plan
     source: Source
-    journal: Journal
+    output: Output
     device: torch.device
 
     @cached_property
@@ -150,7 +167,8 @@ class Bench:
 
     def is_finished(self, work: Work) -> bool:
         """Whether the journal holds it for sure. Of a matrix that may repeat another, only reading tells."""
-        return work.ref.tied_to is None and self.journal.has(self.place(work))
+        place = self.place(work)
+        return work.ref.tied_to is None and self.output.journal.has(place) and self._has_factors(work.ref, place)
 
     def spectra(self, reads: ReadAhead, work: Work) -> Spectra:
         """Of one matrix, which is read for it."""
@@ -162,7 +180,7 @@ class Bench:
         ref = work.ref
         if begun is not None and ref.tied_to is None and self._is_identity() and begun.exception() is None:
             return to_row(ref, begun.result(), kernel=work.kernel)
-        if self.is_finished(work) and (kept := self.journal.find(self.place(work))):
+        if self.is_finished(work) and (kept := self.output.journal.find(self.place(work))):
             return to_row(ref, kept, kernel=work.kernel)
         try:
             with reads.taking(work):
@@ -190,14 +208,25 @@ class Bench:
 
     def _decomposed(self, reads: ReadAhead, work: Work, stored: Stored) -> Spectra:
         gain = read_metric(reads, work.ref, self.plan.settings.metric)
-        if self.journal.folder is None:
+        journal = self.output.journal
+        if journal.folder is None and self.output.factors is None:
             return measure(_moved(stored, self.device), gain, work.kernel)
         keys = Keys(content_key(work.ref, stored, gain, work.kernel, self.device), self.place(work))
-        if kept := self.journal.find(keys.content):
-            return kept
-        spectra = measure(_moved(stored, self.device), gain, work.kernel)
-        self.journal.add(keys, spectra)
+        spectra = journal.find(keys.content)
+        if spectra is None:
+            spectra = measure(_moved(stored, self.device), gain, work.kernel)
+            journal.add(keys, spectra)
+        self._write_factors(work.ref, _moved(stored, self.device), gain, keys)
         return spectra
+
+    def _has_factors(self, ref: MatrixRef, key: str) -> bool:
+        folder, rank = self.output.factors, self.plan.settings.rank
+        return folder is None or is_written(folder, ref, rank, key)
+
+    def _write_factors(self, ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, keys: Keys) -> None:
+        if self.output.factors is not None and not self._has_factors(ref, keys.content):
+            rank, told = self.plan.settings.rank, (keys.content, keys.place)
+            write_factors(self.output.factors, ref, stored, gain, rank=rank, keys=told)
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:

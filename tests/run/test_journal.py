@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lmd_hf import analyze, cli
 from lmd_hf.matrix.kernels import Spectrum
 from lmd_hf.records import ModelIdentity, Settings
-from lmd_hf.run.execute import execute
+from lmd_hf.run.execute import Output, execute
 from lmd_hf.run.journal import PLACE, Keys, clear_kept, list_kept, open_journal
 from lmd_hf.run.measure import Spectra
 from lmd_hf.run.plan import make_plan
@@ -139,7 +139,7 @@ def test_a_run_without_a_head_start_finds_what_one_with_it_has_done(save, family
     report = analyze(save(family))
     source = open_source(save(family))
     with open_journal(source.identity) as journal:
-        results = execute(make_plan(list_matrices(source), source.identity, Settings()), source, journal=journal)
+        results = execute(make_plan(list_matrices(source), source.identity, Settings()), source, output=Output(journal))
     assert results.environment["reused"] == len(report.matrices)
 
 
