@@ -129,6 +129,8 @@ def test_a_rerun_computes_nothing_and_gives_the_same_report(save, family):
     first, second = analyze(save(family)), analyze(save(family))
     assert (first.environment["reused"], second.environment["reused"]) == (0, len(first.matrices))
     assert numbers(first) == numbers(second)
+    assert "from an earlier run" in second.summary()
+    assert "from an earlier run" not in first.summary() + second.card()
     for a, b in zip(first.matrices, second.matrices, strict=True):
         np.testing.assert_array_equal(a.singular_values, b.singular_values)
 
