@@ -23,6 +23,7 @@ from lmd_hf.run.estimate import estimate
 from lmd_hf.run.execute import HeadStart, execute, head_start
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
+from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.named import names_tell_all
@@ -62,10 +63,12 @@ def analyze(
     """
     settings = Settings(metric, kernel, tuple(roles), layers, match, device)
     started = time.perf_counter()
-    source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download, base=base)
-    opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:
+        table = background.submit(load_table)  # while the Hub answers
+        source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download, base=base)
+        table.result()
+        opened = time.perf_counter()
         with _ahead(source, settings) as ahead:  # transformers takes seconds to import: the first matrices overlap it
             todo = make_plan(list_matrices(source), source.identity, settings)
             planned = time.perf_counter()

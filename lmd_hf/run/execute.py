@@ -51,7 +51,7 @@ def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
     """
     device = pick_device(plan.settings.device)
     works = [plan.works[index] for index in plan.shards[0]]
-    workers = max(1, worker_count(works, device, source) - 1)  # a core is left to the imports, which the plan waits for
+    workers = worker_count(works, device, source)
     with worker_pool(workers, len(works)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
 
