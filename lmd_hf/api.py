@@ -26,6 +26,7 @@ from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
 from lmd_hf.run.world import World
+from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.named import names_tell_all
@@ -119,10 +120,12 @@ def _analyze_one(
     model: str | Path | nn.Module, where: dict[str, Any], settings: Settings, world: World, factors: Path | None
 ) -> Report:
     started = time.perf_counter()
-    source = world.together(lambda: open_source(model, **where))
-    opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:
+        table = background.submit(load_table)  # while the Hub answers
+        source = world.together(lambda: open_source(model, **where))
+        table.result()
+        opened = time.perf_counter()
         with ExitStack() as open_files:
             kept = nullcontext(Journal()) if source.module is not None else open_journal(source.identity)
             journal = open_files.enter_context(kept)

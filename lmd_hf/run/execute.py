@@ -56,8 +56,7 @@ def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadSta
     bench = Bench(plan, source, Output(journal), pick_device(plan.settings.device))
     works = [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
     workers = worker_count(works, bench.device, source)
-    hands = worker_pool(max(1, workers - 1), len(works))  # a core is left to the imports, which the plan waits for
-    with hands as pool, reading_ahead(source, works) as reads:
+    with worker_pool(workers, len(works)) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)
 
 

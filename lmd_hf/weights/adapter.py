@@ -103,6 +103,9 @@ def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | 
         notes.append("no config.json: roles and orientation are read from tensor names")
         return None
     model_type = config.get("model_type")
+    if model_type is None:
+        notes.append("its configuration names no model_type: roles and orientation are read from tensor names")
+        return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:

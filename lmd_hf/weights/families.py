@@ -99,6 +99,11 @@ def _table() -> dict[str, Any]:
     return table
 
 
+def load_table() -> None:
+    """Read the table now, so that the first question need not wait for it."""
+    _table()
+
+
 def check_table(table: dict[str, Any]) -> None:
     """`ValueError` for a table or a key that nothing reads: dead data would be believed."""
     unknown = set(table) - set(_KEYS) - _TABLES

@@ -18,7 +18,16 @@ from lmd_hf.weights.header import read_header
 from lmd_hf.weights.lora import adapter_note, is_adapter
 from lmd_hf.weights.pickled import read_pickled, repeated
 from lmd_hf.weights.ranged import Connection, RemoteFile
-from lmd_hf.weights.repository import PICKLES, WEIGHTS, config_file, read_config, read_index, unread_files, weight_files
+from lmd_hf.weights.repository import (
+    PICKLES,
+    WEIGHTS,
+    config_file,
+    is_sliced,
+    read_config,
+    read_index,
+    unread_files,
+    weight_files,
+)
 
 
 TORCH_DTYPES = {
@@ -208,6 +217,10 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
     identity = make_identity(identifier, None, None, config, files)
     if config is not None and is_adapter(config):
         notes = (adapter_note(config),)
+    if is_sliced(names):
+        from lmd_hf.weights.sliced import join
+
+        return join(FileSource(identity, config, (), lambda name: folder / name), tensors)
     refs = unique(tensors)
     return FileSource(identity, config, refs, lambda name: folder / name, shared=tuple(shared.items()), notes=notes)
 
