@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
-from lmd_hf.matrix.kernels import Spectrum, spectrum_of
+from lmd_hf.matrix.kernels import spectrum_of
+from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.measure import measure, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead

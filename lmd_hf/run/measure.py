@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from lmd_hf.matrix import capacity, dimension, noise
-from lmd_hf.matrix.kernels import Spectrum, get_kernel, spectrum_of
+from lmd_hf.matrix.kernels import get_kernel, spectrum_of
 from lmd_hf.matrix.metrics import norm
+from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import Factored, MatrixRef, MatrixReport
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Rounding, Stored, read_gain

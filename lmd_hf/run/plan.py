@@ -5,13 +5,13 @@ import heapq
 from collections.abc import Callable
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix.cost import exact_flops
 from lmd_hf.records import ROLES, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.inventory import pieces
 
 
 METRICS = ("identity", "norm")
 KERNELS = {"auto": "exact", "exact": "exact"}
-EIGEN_FLOPS = 4 / 3  # reduction of a k × k symmetric matrix to tridiagonal form: 4/3 k³ (Golub & Van Loan, §8.3.1)
 
 
 def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
@@ -103,11 +103,6 @@ def _work(ref: MatrixRef, settings: Settings) -> Work:
     if settings.metric == "norm" and ref.norm is not None:
         flops, memory = 2 * flops, memory + 8 * short * long
     return Work(ref, KERNELS[settings.kernel], flops, memory)
-
-
-def exact_flops(long: int, short: int) -> float:
-    """Cost of the exact kernel: half of the Gram product (it is symmetric) and the eigenvalues of a k × k matrix."""
-    return long * short**2 + EIGEN_FLOPS * short**3
 
 
 def _shards(works: tuple[Work, ...], world_size: int) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,94 @@
+"""The spectrum of one matrix as a kernel hands it on, exact or sketched, and the interval of any number taken from it.
+
+Shapes: k = the short side of the matrix, r = how many leading values a sketch certifies, P = its probes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+
+TRUNCATION = 1.5  # times the largest change from fewer Lanczos steps
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a sketch knows beside its best guess of the spectrum.
+
+    `certified` (r) bounds |σ̂ᵢ − σᵢ| of the leading values (`krylov.certificates` says how surely). `replicas` (P × k)
+    are the spectrum with the share of one probe after the other raised by 1/√P, `coarse` (3 × k) those from half, five
+    eighths and three quarters of the Lanczos steps, and `shift` (k) is how far a value may be off for other reasons:
+    the certificate of a leading one, the rounding of the products for the rest.
+    """
+
+    certified: Float[np.ndarray, " r"]
+    replicas: Float[np.ndarray, "P k"]
+    coarse: Float[np.ndarray, "3 k"]
+    shift: Float[np.ndarray, " k"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values (k, float64, CPU, descending) and how well they are known.
+
+    `error_bound` bounds |σ̂ᵢ − σᵢ| / σᵢ over the values above 1e-6 · σ₁ of an exact kernel, and over the certified
+    leading values of a sketch, whose other values are quantiles of an estimated distribution. `method` says which route
+    ran: `gram`, `gram+ritz`, `svd`, `qr` for a product of thin factors, `krylov+quadrature` for a sketch.
+    """
+
+    values: Float[Tensor, " k"]
+    error_bound: float
+    method: str
+    sketch: Sketch | None = None
+
+
+Number = Callable[[np.ndarray], "float | int | None"]
+
+
+def error_parts(number: Number, values: Float[np.ndarray, " k"], sketch: Sketch) -> tuple[float, float, float] | None:
+    """What a 95 % interval of a number computed from the spectrum is made of: sampling, truncation, everything else.
+
+    * t · √(Σₚ(θₚ − θ̄)²/(P−1)) over the replicas: a jackknife that raises each probe by 1/√P, a step of the size of the
+      error itself, so that counts, which move in whole steps, are resolved as well as smooth numbers. t is Student's
+      99.5 % quantile with P−1 degrees of freedom: what this part has to spare covers what the other two do not see.
+    * 1.5 · max |θ − θ_coarse| for the truncation of the recursion: covers an error that falls like 1/m or faster.
+    * the largest change under ± `shift`.
+
+    `None` where the number, or one of the replicas' numbers, does not exist.
+    """
+    moved = (values + sketch.shift, np.maximum(values - sketch.shift, 0))
+    found = [number(s) for s in (values, *moved, *sketch.coarse, *sketch.replicas)]
+    if any(each is None for each in found):
+        return None
+    theta, *others = np.array(found, dtype=np.float64)
+    errors = np.abs(np.array(others[: 2 + len(sketch.coarse)]) - theta)
+    replicas = others[2 + len(sketch.coarse) :]
+    sampling = student_quantile(len(replicas) - 1) * float(np.std(replicas, ddof=1))
+    return sampling, TRUNCATION * float(errors[2:].max()), float(errors[:2].max())
+
+
+def interval(
+    number: Number, values: Float[np.ndarray, " k"], sketch: Sketch, *, grain: float = 0.0
+) -> tuple[float, float] | None:
+    """The number ± the sum of its `error_parts` and `grain`, the step in which it moves; not below 0.
+
+    A count, which is an `int`, has a grain of 1 and whole ends.
+    """
+    theta, parts = number(values), error_parts(number, values, sketch)
+    if theta is None or parts is None:
+        return None
+    half = sum(parts) + grain
+    if isinstance(theta, int):
+        return max(math.floor(theta - half) - 1.0, 0.0), math.ceil(theta + half) + 1.0
+    return max(float(theta) - half, 0.0), float(theta) + half
+
+
+def student_quantile(degrees: int) -> float:
+    """The 99.5 % quantile of Student's t, to 0.1 % from 31 degrees of freedom (Abramowitz & Stegun 1964, 26.7.5)."""
+    z = 2.575829
+    g1, g2 = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + g1 / degrees + g2 / degrees**2
