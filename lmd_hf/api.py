@@ -44,6 +44,7 @@ def analyze(
     base: str | Path | None = None,
     metric: str = "identity",
     kernel: str = "auto",
+    tolerance: float = 0.01,
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
@@ -59,7 +60,7 @@ def analyze(
     Every stored parameter is accounted for: decomposed, or skipped with its reason; what could not be read to the end
     is in `report.unread`. Raises `SourceError`, `FormatError` or `SettingsError`, each with its remedy.
     """
-    settings = Settings(metric, kernel, tuple(roles), layers, match, device)
+    settings = Settings(metric, kernel, tolerance, tuple(roles), layers, match, device)
     started = time.perf_counter()
     source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download, base=base)
     opened = time.perf_counter()

@@ -140,7 +140,7 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
         f"--{field.name}",
         default=field.default,
         choices=field.metadata.get("choices"),
-        type=_comma_list if is_list else str,
+        type=_comma_list if is_list else type(field.default),
         metavar=None if "choices" in field.metadata else field.name.upper(),
         help=f"{field.metadata['help']} (default: {field.default or 'all'})",
     )

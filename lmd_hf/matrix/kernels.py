@@ -7,6 +7,7 @@ Each kernel is a plain function in `KERNELS`: it takes W (O × I, any floating d
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,15 +98,16 @@ def sketch(w_OI: Float[Tensor, "O I"], *, seed: int = 0, tolerance: float = TOLE
     return attempt(w_OI, seed=seed, tolerance=tolerance, limit=limit) or exact(w_OI)
 
 
-def spectrum_of(w: Tensor | Factored, kernel: str) -> Spectrum:
-    """The spectrum of a matrix by the kernel of that name, or of a product of thin factors, which needs none."""
-    return thin(w) if isinstance(w, Factored) else get_kernel(kernel)(w)
+def spectrum_of(w: Tensor | Factored, kernel: str, **options: Any) -> Spectrum:
+    """The spectrum of a matrix by the kernel of that name and with its options, or of a product of thin factors, which
+    needs none."""
+    return thin(w) if isinstance(w, Factored) else get_kernel(kernel)(w, **options)
 
 
-KERNELS: dict[str, Callable[[Tensor], Spectrum]] = {"exact": exact, "sketch": sketch}
+KERNELS: dict[str, Callable[..., Spectrum]] = {"exact": exact, "sketch": sketch}
 
 
-def get_kernel(name: str) -> Callable[[Tensor], Spectrum]:
+def get_kernel(name: str) -> Callable[..., Spectrum]:
     """The kernel called `name`; `SettingsError` lists the known ones."""
     if name not in KERNELS:
         raise SettingsError(f"no kernel '{name}'; known: {', '.join(sorted(KERNELS))}")

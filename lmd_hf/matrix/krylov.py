@@ -62,9 +62,10 @@ def krylov(
 
 def _new_directions(y_Sp: Tensor, bases: list[Tensor]) -> Float[Tensor, "S p"]:
     """An orthonormal basis of what Y adds to the bases; where it adds nothing, rounding gives directions as good."""
+    y_Sp = y_Sp.clone()
     for _ in range(2):
         for basis in bases:
-            y_Sp = y_Sp - product(basis, product(basis.T, y_Sp))
+            y_Sp -= product(basis, product(basis.T, y_Sp))
         y_Sp = orthonormal(y_Sp)
     return y_Sp
 

@@ -4,7 +4,7 @@ Shapes: k = the short side of the matrix, r = how many leading values a sketch c
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +22,14 @@ class Sketch:
     `certified` (r) bounds |σ̂ᵢ − σᵢ| of the leading values (`krylov.certificates` says how surely). `replicas` (P × k)
     are the spectrum with the share of one probe after the other raised by 1/√P, `coarse` (3 × k) those from half, five
     eighths and three quarters of the Lanczos steps, and `shift` (k) is how far a value may be off for other reasons:
-    the certificate of a leading one, the rounding of the products for the rest.
+    the certificate of a leading one, the rounding of the products for the rest. `norm` is ‖W‖_F, exact in float64.
     """
 
     certified: Float[np.ndarray, " r"]
     replicas: Float[np.ndarray, "P k"]
     coarse: Float[np.ndarray, "3 k"]
     shift: Float[np.ndarray, " k"]
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Spectrum:
     sketch: Sketch | None = None
 
 
-Number = Callable[[np.ndarray], "float | int | None"]
+def variants(values: Float[np.ndarray, " k"], sketch: Sketch) -> list[Float[np.ndarray, " k"]]:
+    """The spectrum, then all that `interval_of` compares with it: moved up, moved down, three coarse, P replicas."""
+    return [values, values + sketch.shift, np.maximum(values - sketch.shift, 0), *sketch.coarse, *sketch.replicas]
 
 
-def error_parts(number: Number, values: Float[np.ndarray, " k"], sketch: Sketch) -> tuple[float, float, float] | None:
-    """What a 95 % interval of a number computed from the spectrum is made of: sampling, truncation, everything else.
+def error_parts(found: Sequence[float | int | None]) -> tuple[float, float, float] | None:
+    """What a 95 % interval is made of, from the numbers of the `variants`: sampling, truncation, everything else.
 
     * t · √(Σₚ(θₚ − θ̄)²/(P−1)) over the replicas: a jackknife that raises each probe by 1/√P, a step of the size of the
       error itself, so that counts, which move in whole steps, are resolved as well as smooth numbers. t is Student's
@@ -58,27 +61,22 @@ def error_parts(number: Number, values: Float[np.ndarray, " k"], sketch: Sketch)
     * 1.5 · max |θ − θ_coarse| for the truncation of the recursion: covers an error that falls like 1/m or faster.
     * the largest change under ± `shift`.
 
-    `None` where the number, or one of the replicas' numbers, does not exist.
+    `None` where the number does not exist for one of them.
     """
-    moved = (values + sketch.shift, np.maximum(values - sketch.shift, 0))
-    found = [number(s) for s in (values, *moved, *sketch.coarse, *sketch.replicas)]
     if any(each is None for each in found):
         return None
-    theta, *others = np.array(found, dtype=np.float64)
-    errors = np.abs(np.array(others[: 2 + len(sketch.coarse)]) - theta)
-    replicas = others[2 + len(sketch.coarse) :]
+    theta, up, down, *others = np.array(found, dtype=np.float64)
+    coarse, replicas = np.array(others[:3]), np.array(others[3:])
     sampling = student_quantile(len(replicas) - 1) * float(np.std(replicas, ddof=1))
-    return sampling, TRUNCATION * float(errors[2:].max()), float(errors[:2].max())
+    return sampling, TRUNCATION * float(np.abs(coarse - theta).max()), float(max(abs(up - theta), abs(down - theta)))
 
 
-def interval(
-    number: Number, values: Float[np.ndarray, " k"], sketch: Sketch, *, grain: float = 0.0
-) -> tuple[float, float] | None:
+def interval_of(found: Sequence[float | int | None], grain: float = 0.0) -> tuple[float, float] | None:
     """The number ± the sum of its `error_parts` and `grain`, the step in which it moves; not below 0.
 
     A count, which is an `int`, has a grain of 1 and whole ends.
     """
-    theta, parts = number(values), error_parts(number, values, sketch)
+    theta, parts = found[0], error_parts(found)
     if theta is None or parts is None:
         return None
     half = sum(parts) + grain

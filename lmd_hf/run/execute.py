@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
-from lmd_hf.matrix.kernels import spectrum_of
 from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
-from lmd_hf.run.measure import measure, to_row
+from lmd_hf.run.measure import measure, spectrum_for, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
 from lmd_hf.run.workers import pick_device, worker_count, worker_pool
 from lmd_hf.weights.inventory import pieces
@@ -104,7 +103,7 @@ def _entries(ref: MatrixRef) -> tuple[Any, ...]:
 def _spectrum(reads: ReadAhead, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
     with reads.taking(work):
         stored = read_stored(reads, work.ref)
-        return spectrum_of(_moved(stored, device).matrix, work.kernel), stored.rounding
+        return spectrum_for(work, _moved(stored, device).matrix), stored.rounding
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:
@@ -133,7 +132,7 @@ def _measured(source: Source, plan: Plan, work: Work, stored: Stored, device: to
     if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(source, plan, ref)):
         return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
     try:
-        return measure(source, ref, _moved(stored, device), metric=plan.settings.metric, kernel=work.kernel)
+        return measure(source, work, _moved(stored, device), metric=plan.settings.metric)
     except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
         if isinstance(w, Factored):
             return _skipped(ref, str(error))

@@ -9,7 +9,7 @@ import torch
 from lmd_hf.matrix import dimension
 from lmd_hf.matrix.krylov import normal
 from lmd_hf.matrix.quadrature import Bidiagonal, bidiagonalise, largest, quantiles, rules
-from lmd_hf.matrix.spectrum import Sketch, error_parts, interval, student_quantile
+from lmd_hf.matrix.spectrum import Sketch, error_parts, interval_of, student_quantile, variants
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +23,10 @@ SPECTRA = {
     "two clusters": np.repeat([1, 0.1], [180, 120]),
     "half empty": np.concatenate([np.linspace(1, 0.3, 150), np.zeros(150)]),
 }
+
+
+def interval(number, values, sketch):
+    return interval_of([number(each) for each in variants(values, sketch)])
 
 
 def spectrum_of(w, *, probes=64, steps=24, seed=0):
@@ -95,14 +99,15 @@ def test_quantiles_keep_the_mean():
 
 def test_intervals_add_sampling_truncation_and_shift():
     values = np.array([4.0, 3.0, 2.0, 1.0])
-    still = Sketch(np.zeros(0), np.tile(values, (16, 1)), np.tile(values, (3, 1)), np.zeros(4))
-    assert error_parts(np.mean, values, still) == (0, 0, 0)
+    still = Sketch(np.zeros(0), np.tile(values, (16, 1)), np.tile(values, (3, 1)), np.zeros(4), 1.0)
+    assert error_parts([np.mean(each) for each in variants(values, still)]) == (0, 0, 0)
     assert interval(np.mean, values, still) == (2.5, 2.5)
     assert interval(lambda s: len(s), values, still) == (3, 5)
-    moved = Sketch(np.zeros(0), still.replicas, np.stack([values - 0.2, values, values]), np.full(4, 0.1))
+    moved = Sketch(np.zeros(0), still.replicas, np.stack([values - 0.2, values, values]), np.full(4, 0.1), 1.0)
     assert interval(np.mean, values, moved) == pytest.approx((2.5 - 0.4, 2.5 + 0.4))
     spread = np.tile(values, (16, 1)) + np.tile([-1.0, 1.0], 8)[:, None]
-    sampling, _, _ = error_parts(np.mean, values, Sketch(np.zeros(0), spread, still.coarse, np.zeros(4)))
+    moving = Sketch(np.zeros(0), spread, still.coarse, np.zeros(4), 1.0)
+    sampling, _, _ = error_parts([np.mean(each) for each in variants(values, moving)])
     assert sampling == pytest.approx(student_quantile(15) * math.sqrt(16 / 15))
     assert interval(lambda s: None if s[0] > 4 else 1.0, values, moved) is None
 

@@ -10,7 +10,7 @@ from lmd_hf.matrix import dimension, noise
 from lmd_hf.matrix.cost import LANCZOS, PROBES, sketch_pays
 from lmd_hf.matrix.kernels import KERNELS, exact, sketch
 from lmd_hf.matrix.sketch import METHOD, _lead, _measured, prepared
-from lmd_hf.matrix.spectrum import interval
+from lmd_hf.matrix.spectrum import interval_of, variants
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,10 +36,14 @@ NUMBERS = {
 }
 
 
+def interval(number, values, sketch):
+    return interval_of([number(each) for each in variants(values, sketch)])
+
+
 def one_round(w, seed, *, probes=PROBES, steps=LANCZOS):
     """The first round of a sketch, whether it met its tolerance or not."""
     w_LS, _, energy = prepared(w)
-    return _measured(w_LS, _lead(w_LS, seed, 0.01), energy, probes=probes, steps=steps, seed=seed)
+    return _measured(w_LS, _lead(w_LS, energy, seed, 0.01), energy, probes=probes, steps=steps, seed=seed)
 
 
 def count_hits(w, seeds, **options):
