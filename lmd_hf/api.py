@@ -51,6 +51,7 @@ def analyze(
     base: str | Path | None = None,
     metric: str = "identity",
     kernel: str = "auto",
+    tolerance: float = 0.01,
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
@@ -75,6 +76,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     base: str | Path | None = None,
     metric: str = "identity",
     kernel: str = "auto",
+    tolerance: float = 0.01,
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
@@ -104,7 +106,14 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     models, after the others are done.
     """
     settings = Settings(
-        metric=metric, kernel=kernel, roles=tuple(roles), layers=layers, match=match, rank=rank, device=device
+        metric=metric,
+        kernel=kernel,
+        tolerance=tolerance,
+        roles=tuple(roles),
+        layers=layers,
+        match=match,
+        rank=rank,
+        device=device,
     )
     if (rank > 0) != (factors is not None):
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")

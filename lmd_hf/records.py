@@ -168,7 +168,13 @@ class Settings:
     )
     kernel: str = field(
         default="auto",
-        metadata={"choices": ("auto", "exact"), "help": "how spectra are computed; auto is exact for every size today"},
+        metadata={
+            "choices": ("auto", "exact", "sketch"),
+            "help": "how spectra are computed; auto sketches where the short side is longer than 8,192",
+        },
+    )
+    tolerance: float = field(
+        default=0.01, metadata={"help": "of a sketch: half-width of the effective rank's interval, relative"}
     )
     roles: tuple[str, ...] = field(default=(), metadata={"help": "only these roles, such as q,k,down"})
     layers: str = field(default="", metadata={"help": "only these layers, such as 0-3,-1 (-1 is the last)"})
@@ -181,12 +187,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Work:
-    """One matrix to do: which kernel, what it will cost (floating-point operations, bytes in memory)."""
+    """One matrix to do: which kernel, what it will cost (floating-point operations, bytes in memory), and the tolerance
+    of a sketch."""
 
     ref: MatrixRef
     kernel: str
     flops: float
     bytes: int
+    tolerance: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,10 @@ class MatrixReport:
     Norms, ranks and `singular_values` describe S', the spectrum in the metric used (σ(W) under `identity`);
     `numerical_rank` and the noise figures (`mp_…`) are always those of σ(W). `singular_value_ranks` is `None` when
     `singular_values` holds the whole spectrum, else the 1-based ranks of the values that are kept.
+
+    `kernel` is what was planned, `method` what ran. Where that is `krylov+quadrature`, `singular_values` are the
+    leading ones, each within `error_bound` (relative), and `intervals` holds a 95 % interval for each number that is
+    estimated from a sketched distribution; it is `None` where every number is exact to `error_bound`.
     """
 
     name: str
@@ -239,7 +251,7 @@ class MatrixReport:
     error_bound: float
     frobenius_norm: float
     spectral_norm: float
-    smallest_singular_value: float
+    smallest_singular_value: float | None
     stable_rank: float | None
     participation_ratio: float | None
     effective_rank: float | None
@@ -261,6 +273,7 @@ class MatrixReport:
     metric: str
     singular_value_ranks: tuple[int, ...] | None
     singular_values: np.ndarray = field(compare=False, repr=False)
+    intervals: dict[str, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Each kernel is a plain function in `KERNELS`: it takes W (O × I, any floating d
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix.cost import exact_flops
+from lmd_hf.matrix.sketch import TOLERANCE, attempt
+from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import Factored
 
 
@@ -27,19 +30,6 @@ RITZ_CUT = (
 )  # values below RITZ_CUT · σ₁ are refined: there the Gram route still has 9 digits, so the cut is safe
 SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
 TALL = 2  # and so does refining a matrix that is less than twice as long as wide: eigenvectors cost more than its SVD
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values (k, float64, CPU, descending) and how well they are known.
-
-    `error_bound` bounds |σ̂ᵢ − σᵢ| / σᵢ over the values above 1e-6 · σ₁. `method` says which route ran:
-    `gram`, `gram+ritz`, `svd`, or `qr` for a product of thin factors.
-    """
-
-    values: Float[Tensor, " k"]
-    error_bound: float
-    method: str
 
 
 def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
@@ -98,15 +88,26 @@ def thin(product: Factored) -> Spectrum:
     return Spectrum(values, 8 * UNIT_ROUNDOFF * math.sqrt(len(values)) * sizes / smallest, "qr")
 
 
-def spectrum_of(w: Tensor | Factored, kernel: str) -> Spectrum:
-    """The spectrum of a matrix by the kernel of that name, or of a product of thin factors, which needs none."""
-    return thin(w) if isinstance(w, Factored) else get_kernel(kernel)(w)
+def sketch(w_OI: Float[Tensor, "O I"], *, seed: int = 0, tolerance: float = TOLERANCE) -> Spectrum:
+    """Certified leading values and an estimated distribution of the others (`sketch.attempt`), or else `exact`.
+
+    Exact runs where the matrix is too small for a sketch to pay, and where the sketch misses `tolerance` at the cost of
+    the exact kernel; `method` tells which ran. Raises `ValueError` as `exact` does.
+    """
+    limit = exact_flops(max(w_OI.shape), min(w_OI.shape))
+    return attempt(w_OI, seed=seed, tolerance=tolerance, limit=limit) or exact(w_OI)
 
 
-KERNELS: dict[str, Callable[[Tensor], Spectrum]] = {"exact": exact}
+def spectrum_of(w: Tensor | Factored, kernel: str, **options: Any) -> Spectrum:
+    """The spectrum of a matrix by the kernel of that name and with its options, or of a product of thin factors, which
+    needs none."""
+    return thin(w) if isinstance(w, Factored) else get_kernel(kernel)(w, **options)
 
 
-def get_kernel(name: str) -> Callable[[Tensor], Spectrum]:
+KERNELS: dict[str, Callable[..., Spectrum]] = {"exact": exact, "sketch": sketch}
+
+
+def get_kernel(name: str) -> Callable[..., Spectrum]:
     """The kernel called `name`; `SettingsError` lists the known ones."""
     if name not in KERNELS:
         raise SettingsError(f"no kernel '{name}'; known: {', '.join(sorted(KERNELS))}")

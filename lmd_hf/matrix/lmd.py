@@ -4,14 +4,22 @@ Shapes: O = out, I = in, K = n' the latent dimension kept. W acts as y = W·x, s
 factors; their construction for a pair of metrics is this project's (README, "The mathematics").
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lmd_hf.errors import SettingsError
+from lmd_hf.matrix.cost import BLOCK
+from lmd_hf.matrix.krylov import krylov
 from lmd_hf.matrix.metrics import Metric, column_signs, identity
 from lmd_hf.records import Factored
+
+
+SKETCHED = 1e-3  # relative residual of every triplet of a sketch
+ROUNDS = 4  # of Krylov steps, after which a whole decomposition is the better way
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,17 @@ def decompose(
     input_metric: Metric | None = None,
     output_metric: Metric | None = None,
     rank: int | None = None,
+    kernel: str = "exact",
 ) -> LMD:
     """Factor W in a pair of metrics; the identity on a side where none is given.
 
     C = M_Y^{-1/2}·W·M_X^{1/2} ≈ P·S'·Qᵀ (truncated SVD, float64 on W's device), Odist = Λ_Y^{1/2}UᵀP,
     Idist = QᵀVΛ_X^{-1/2}. At full rank ‖W' − W‖/‖W‖ is rounding times √(cond M_X · cond M_Y); at rank K, W' is the
     Eckart–Young optimum in the two metrics. Signs: the first entry of largest magnitude in each column of P is
-    positive. Raises `ValueError` for a rank outside 1…min(O, I), an empty W, NaN or infinity, and metrics whose
-    size does not fit.
+    positive. `kernel="sketch"` takes P, S', Q from a block Krylov space (`krylov`, float64 products): orthonormal and
+    C·Q = P·S' to rounding, residuals ‖Cᵀp − s·q‖ ≤ 1e-3·s; `error_bound` is then the exact error of this W', near the
+    optimum but not it. A rank that does not converge runs exact. Raises `ValueError` for a rank outside 1…min(O, I), an
+    empty W, NaN or infinity, and metrics whose size does not fit, `SettingsError` for an unknown kernel.
 
     >>> import torch
     >>> decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2).s_K
@@ -96,20 +107,22 @@ def decompose(
         if metric.eigenvalues is not None and len(metric.eigenvalues) != size:
             raise ValueError(f"the {side} metric has size {len(metric.eigenvalues)}, the matrix needs {size}")
     core_OI = m_x.power_times(0.5, m_y.power_times(-0.5, w_OI.to(torch.float64)).T).T
-    p, s, qh = torch.linalg.svd(core_OI, full_matrices=False)
-    signs = column_signs(p)[:rank]
-    p_OK, q_IK = p[:, :rank] * signs, qh[:rank].T * signs
+    if kernel not in FACTORS:
+        raise SettingsError(f"no kernel '{kernel}'; known: {', '.join(FACTORS)}")
+    p_OK, s_K, q_IK, error = FACTORS[kernel](core_OI, rank)
+    signs = column_signs(p_OK)
+    p_OK, q_IK = p_OK * signs, q_IK * signs
     u, odist = _side(p_OK, m_y, 0.5)
     v, idist_t = _side(q_IK, m_x, -0.5)
     return LMD(
         u,
         odist,
-        s[:rank],
+        s_K,
         idist_t.T,
         v,
         m_x.name,
         m_y.name,
-        torch.linalg.vector_norm(s[rank:]).item(),
+        error,
         m_x.regularisation,
         m_y.regularisation,
     )
@@ -127,6 +140,30 @@ def decompose_product(product: Factored, *, rank: int | None = None) -> LMD:
     u_OK, v_IK = q_left @ small.u, q_right @ small.v
     signs = column_signs(u_OK)
     return replace(small, u=u_OK * signs, v=v_IK * signs)
+
+
+Factors = tuple[Tensor, Tensor, Tensor, float]  # P (O × K), S' (K), Q (I × K), ‖C − P·S'·Qᵀ‖_F
+
+
+def _exact(core_OI: Tensor, rank: int) -> Factors:
+    p, s, qh = torch.linalg.svd(core_OI, full_matrices=False)
+    return p[:, :rank], s[:rank], qh[:rank].T, torch.linalg.vector_norm(s[rank:]).item()
+
+
+def _sketched(core_OI: Tensor, rank: int) -> Factors:
+    """The top-`rank` triplets of a Krylov space; the error is that of these very factors."""
+    wide = core_OI.shape[0] < core_OI.shape[1]
+    core_LS = core_OI.T if wide else core_OI
+    spaces = krylov(core_LS, seed=0, tolerance=SKETCHED, most=rank, block=min(max(BLOCK, rank // 4), core_LS.shape[1]))
+    for found, _ in zip(spaces, range(ROUNDS), strict=False):
+        if len(found.values) == rank and bool((found.residuals <= SKETCHED * found.values).all()):
+            left, right = (found.right, found.left) if wide else (found.left, found.right)
+            error = torch.linalg.vector_norm(core_OI - (left * found.values) @ right.T).item()
+            return left, found.values, right, error
+    return _exact(core_OI, rank)
+
+
+FACTORS: dict[str, Callable[[Tensor, int], Factors]] = {"exact": _exact, "sketch": _sketched}
 
 
 def _side(latent_NK: Tensor, metric: Metric, exponent: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """The model-card section: Markdown made from the report alone."""
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import MatrixReport
+from lmd_hf.records import MatrixReport, Settings
 from lmd_hf.report.findings import noise_ratio
 from lmd_hf.report.text import ROLE_COLUMNS, by_role, coverage_line, matrix_label, role_row, rounded
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 EXTREMES = 3
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
 def section(report: "Report") -> str:
@@ -101,14 +103,23 @@ def _reproduce(report: "Report") -> str:
     options = "".join(
         f" --{name} {','.join(value) if isinstance(value, list) else value}"
         for name, value in settings.items()
-        if value and name != "device" and value not in ("identity", "auto")
+        if value and name != "device" and value != DEFAULTS.get(name)
     )
     pinned = f" --revision {model.commit}" if model.commit else ""
     command = re.sub(
         r"[`<>|\s]+", " ", f"lmd-hf analyze {model.id}{pinned}{options}"
     )  # nothing may leave the code span
-    worst = max((m.error_bound for m in report.matrices), default=0.0)
+    return f"**Reproduce:** `{command}` (lmd_hf {report.lmd_hf}). {_accuracy(report.matrices)}"
+
+
+def _accuracy(matrices: tuple[MatrixReport, ...]) -> str:
+    exact = max((m.error_bound for m in matrices if m.intervals is None), default=0.0)
+    sketched = [m for m in matrices if m.intervals is not None]
+    if not sketched:
+        return f"Every singular value above 10⁻⁶ of the largest is within {exact:.0e} of its exact value, relatively."
     return (
-        f"**Reproduce:** `{command}` (lmd_hf {report.lmd_hf}). Every singular value above 10⁻⁶ of the "
-        f"largest is within {worst:.0e} of its exact value, relatively."
+        f"{len(sketched)} of {len(matrices)} matrices are sketched: their leading singular values are within "
+        f"{max(m.error_bound for m in sketched):.0e} of the exact ones, relatively, and their other numbers are "
+        f"estimates whose 95 % intervals stand in the report. In all others every singular value above 10⁻⁶ of the "
+        f"largest is within {exact:.0e}."
     )

@@ -52,9 +52,15 @@ def noise_ratio(matrix: MatrixReport) -> float | None:
 
 
 def looks_untrained(matrix: MatrixReport) -> bool:
-    """Indistinguishable from an i.i.d. matrix: no spikes, and a bulk closer to Marchenko–Pastur than 6/k."""
-    distance = matrix.mp_fit_distance
-    return matrix.mp_spikes == 0 and distance is not None and distance < NOISE_FIT / min(matrix.shape)
+    """Indistinguishable from an i.i.d. matrix: no spikes, and a bulk closer to Marchenko–Pastur than 6/k.
+
+    Of a sketch this is said where the intervals leave room for it, for noise itself is never told apart by less.
+    """
+    intervals, distance, spikes = matrix.intervals or {}, matrix.mp_fit_distance, matrix.mp_spikes
+    if distance is None or spikes is None:
+        return False
+    least, fewest = (intervals.get(n, (v,))[0] for n, v in (("mp_fit_distance", distance), ("mp_spikes", spikes)))
+    return fewest == 0 and least < NOISE_FIT / min(matrix.shape)
 
 
 def label(matrix: MatrixReport) -> str:

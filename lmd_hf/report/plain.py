@@ -51,6 +51,8 @@ def row_from_dict(kind: type[Row], values: dict[str, Any]) -> Row:
     spectrum.flags.writeable = False
     shape = tuple(values["shape"])
     kept = None if ranks is None else tuple(ranks)
+    if values.get("intervals"):
+        values = {**values, "intervals": {name: tuple(ends) for name, ends in values["intervals"].items()}}
     return kind(**{**values, "shape": shape, "singular_value_ranks": kept, "singular_values": spectrum})
 
 

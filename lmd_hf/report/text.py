@@ -1,6 +1,7 @@
 """A report as plain text and as HTML."""
 
 import html as markup
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ def summary(report: "Report") -> str:
         coverage_line(report.coverage),
         *(f"note: {note}" for note in report.coverage.notes),
         *([f"{reused:,} spectra from an earlier run (`lmd-hf cache clear` removes them)"] if reused else []),
+        *filter(None, (kernels_line(report.matrices),)),
         "",
         tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),
         "",
@@ -124,13 +126,35 @@ def matrix_row(matrix: MatrixReport) -> tuple[str, ...]:
         "" if matrix.layer is None else str(matrix.layer),
         matrix_label(matrix),
         f"{matrix.shape[0]} × {matrix.shape[1]}",
-        rounded(1)(matrix.effective_rank),
-        rounded(0)(matrix.latent_dim),
-        rounded(1)(matrix.stable_rank),
-        rounded(0)(matrix.mp_spikes),
+        with_error(matrix, "effective_rank", 1),
+        with_error(matrix, "latent_dim", 0),
+        with_error(matrix, "stable_rank", 1),
+        with_error(matrix, "mp_spikes", 0),
         "–" if matrix.capacity_log10 is None else f"10^{matrix.capacity_log10:.2f}",
         f"{matrix.error_bound:.0e}",
     )
+
+
+def with_error(matrix: MatrixReport, name: str, digits: int) -> str:
+    """The number; of a sketched matrix with its interval, `6,595.2 ± 12.3` or, where it is lopsided, `2 (0–9)`."""
+    value, ends = getattr(matrix, name), (matrix.intervals or {}).get(name)
+    show = rounded(digits)
+    if value is None or ends is None:
+        return show(value) if matrix.intervals is None or value is None else f"≈ {show(value)}"
+    above, below = ends[1] - value, value - ends[0]
+    return (
+        f"{show(value)} ± {show(above)}"
+        if math.isclose(above, below)
+        else f"{show(value)} ({show(ends[0])}–{show(ends[1])})"
+    )
+
+
+def kernels_line(matrices: tuple[MatrixReport, ...]) -> str:
+    """Which matrices are estimates, and which were to be sketched and ran exact; empty where all were planned exact."""
+    asked = [m for m in matrices if m.kernel == "sketch"]
+    sketched = sum(m.intervals is not None for m in asked)
+    exact = f"; {len(asked) - sketched} ran exact, being small or beyond the tolerance" if sketched < len(asked) else ""
+    return f"sketched: {sketched} of {len(matrices)} matrices, with 95 % intervals{exact}" if asked else ""
 
 
 def matrix_label(matrix: MatrixReport | MatrixChange) -> str:

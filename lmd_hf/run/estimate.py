@@ -7,9 +7,9 @@ from functools import lru_cache
 import psutil
 import torch
 
+from lmd_hf.matrix.cost import exact_flops
 from lmd_hf.matrix.kernels import get_kernel
 from lmd_hf.records import Estimate, Plan, Work
-from lmd_hf.run.plan import exact_flops
 from lmd_hf.run.read_ahead import ROOM, merged, spans
 from lmd_hf.run.workers import pick_device, worker_count, worker_pool
 from lmd_hf.weights.source import FileSource, Source

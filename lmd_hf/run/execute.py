@@ -17,7 +17,7 @@ from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.factors import is_written, write_factors
 from lmd_hf.run.journal import Journal, Keys, content_key, place_key
-from lmd_hf.run.measure import Spectra, measure, read_metric, to_row
+from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
 from lmd_hf.run.workers import pick_device, worker_count, worker_pool
 from lmd_hf.run.world import World
@@ -162,7 +162,7 @@ class Bench:
 
     def place(self, work: Work) -> str:
         """The journal's key of a matrix that has not been read."""
-        return place_key(work.ref, self._hashes, self.plan.settings.metric, work.kernel, self.device)
+        return place_key(work.ref, self._hashes, self.plan.settings.metric, procedure(work), self.device)
 
     def is_finished(self, work: Work) -> bool:
         """Whether the journal holds it for sure. Of a matrix that may repeat another, only reading tells."""
@@ -209,11 +209,11 @@ class Bench:
         gain = read_metric(reads, work.ref, self.plan.settings.metric)
         journal = self.output.journal
         if journal.folder is None and self.output.factors is None:
-            return measure(_moved(stored, self.device), gain, work.kernel)
-        keys = Keys(content_key(work.ref, stored, gain, work.kernel, self.device), self.place(work))
+            return measure(work, _moved(stored, self.device), gain)
+        keys = Keys(content_key(work.ref, stored, gain, procedure(work), self.device), self.place(work))
         spectra = journal.find(keys.content)
         if spectra is None:
-            spectra = measure(_moved(stored, self.device), gain, work.kernel)
+            spectra = measure(work, _moved(stored, self.device), gain)
             journal.add(keys, spectra)
         self._write_factors(work.ref, _moved(stored, self.device), gain, keys)
         return spectra

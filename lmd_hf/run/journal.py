@@ -8,6 +8,7 @@ once.
 
 import base64
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ import xxhash
 from huggingface_hub import constants
 
 import lmd_hf
-from lmd_hf.matrix.kernels import Spectrum
+from lmd_hf.matrix.spectrum import Sketch, Spectrum
 from lmd_hf.records import Factored, MatrixRef, ModelIdentity
 from lmd_hf.run.measure import Spectra
 from lmd_hf.weights.stored import Rounding, Stored
@@ -187,7 +188,7 @@ def clear_kept(model: str = "") -> list[Kept]:
     return removed
 
 
-def content_key(ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, kernel: str, device: torch.device) -> str:
+def content_key(ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, procedure: str, device: torch.device) -> str:
     """The key of a matrix by its entries as they are stored: 128 bits of XXH3, which tells apart whatever was not made
     to deceive, at the speed of memory."""
     matrix = stored.matrix
@@ -199,7 +200,7 @@ def content_key(ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, kerne
     scale = matrix.scale if isinstance(matrix, Factored) else 1.0
     digest = xxhash.xxh3_128()
     turned = gain is not None and ref.transposed
-    digest.update(repr((VERSION, kernel, device.type, stored.rounding, turned, scale)).encode())
+    digest.update(repr((VERSION, procedure, device.type, stored.rounding, turned, scale)).encode())
     for tensor in tensors:
         digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         rows = tensor.reshape(len(tensor), -1)
@@ -208,7 +209,7 @@ def content_key(ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, kerne
     return digest.hexdigest()
 
 
-def place_key(ref: MatrixRef, hashes: dict[str, str | None], metric: str, kernel: str, device: torch.device) -> str:
+def place_key(ref: MatrixRef, hashes: dict[str, str | None], metric: str, procedure: str, device: torch.device) -> str:
     """The key of a matrix by where its bytes lie, which is known without reading them; `hashes` are the files'."""
     pair = ref.low_rank
     tensors = [*ref.tensors, *((pair.left, pair.right, pair.magnitude) if pair is not None else ())]
@@ -220,7 +221,7 @@ def place_key(ref: MatrixRef, hashes: dict[str, str | None], metric: str, kernel
     turned = ref.transposed and (ref.rows != () or norm is not None)  # else no singular value feels it
     recipe = (ref.stored, ref.rows, ref.expert, turned, norm and norm.offset)
     update = pair and (pair.scale, pair.experts)
-    told = repr((VERSION, kernel, device.type, spans, recipe, update))
+    told = repr((VERSION, procedure, device.type, spans, recipe, update))
     return PLACE + xxhash.xxh3_128_hexdigest(told.encode())
 
 
@@ -255,22 +256,33 @@ def _index(path: Path) -> dict[str, tuple[Path, int]]:
 
 
 def _to_record(spectra: Spectra) -> dict[str, Any]:
-    plain = {"rounding": [spectra.rounding.relative, spectra.rounding.absolute], "raw": _spectrum(spectra.raw)}
-    return plain if spectra.used is None else {**plain, "used": _spectrum(spectra.used)}
-
-
-def _spectrum(spectrum: Spectrum) -> dict[str, Any]:
-    values = base64.b64encode(spectrum.values.numpy().astype("<f8").tobytes()).decode()
-    return {"values": values, "error_bound": spectrum.error_bound, "method": spectrum.method}
+    rounding = dataclasses.asdict(spectra.rounding)
+    return {"rounding": rounding, "raw": _encode(spectra.raw), "used": spectra.used and _encode(spectra.used)}
 
 
 def _from_record(record: dict[str, Any]) -> Spectra:
-    used = record.get("used")
-    return Spectra(
-        _to_spectrum(record["raw"]), None if used is None else _to_spectrum(used), Rounding(*record["rounding"])
-    )
+    used = record["used"]
+    return Spectra(_spectrum(record["raw"]), used and _spectrum(used), Rounding(**record["rounding"]))
 
 
-def _to_spectrum(plain: dict[str, Any]) -> Spectrum:
-    values = np.frombuffer(base64.b64decode(plain["values"]), dtype="<f8").astype(np.float64)
-    return Spectrum(torch.from_numpy(values), plain["error_bound"], plain["method"])
+def _encode(value: Any) -> Any:
+    """A spectrum as JSON types, arrays as the bytes of their float64 entries."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        array = np.asarray(value, dtype="<f8")
+        return {"shape": array.shape, "float64": base64.b64encode(array.tobytes()).decode()}
+    return value
+
+
+def _spectrum(plain: dict[str, Any]) -> Spectrum:
+    sketch = plain["sketch"]
+    known = None if sketch is None else Sketch(**{name: _decode(value) for name, value in sketch.items()})
+    return Spectrum(torch.from_numpy(_decode(plain["values"])), plain["error_bound"], plain["method"], known)
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    flat = np.frombuffer(base64.b64decode(value["float64"]), dtype="<f8")
+    return flat.astype(np.float64).reshape(value["shape"])

@@ -1,5 +1,6 @@
 """All numbers of one matrix: the only place where `weights` and `matrix` meet."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lmd_hf.matrix import capacity, dimension, noise
-from lmd_hf.matrix.kernels import Spectrum, get_kernel, spectrum_of
+from lmd_hf.matrix.kernels import spectrum_of
 from lmd_hf.matrix.metrics import norm
-from lmd_hf.records import Factored, MatrixRef, MatrixReport
+from lmd_hf.matrix.spectrum import Spectrum, interval_of, variants
+from lmd_hf.records import Factored, MatrixRef, MatrixReport, Work
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Rounding, Stored, read_gain
 
@@ -28,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
 }
 NOISE = ("mp_edge", "mp_spikes", "mp_spikes_99", "mp_fit_distance")
+Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,46 @@ def read_metric(source: Source, ref: MatrixRef, metric: str) -> torch.Tensor | N
     return None if plain or ref.norm is None else read_gain(source, ref.norm)
 
 
-def measure(stored: Stored, gain: torch.Tensor | None, kernel: str) -> Spectra:
-    """The spectra of W. Raises `ValueError` for NaN and infinity, in W or in the gain."""
+def procedure(work: Work) -> str:
+    """What decides, beside its entries, how the spectrum of a matrix comes out: the kernel and, of a sketch, its
+    tolerance and seed. The seed is drawn from which entries the matrix has, so that neither the order nor the number of
+    processes matters."""
+    if work.kernel != "sketch":
+        return work.kernel
+    return f"{work.kernel} {work.tolerance!r} {work.ref.name}|{work.ref.expert}|{work.ref.rows}"
+
+
+def measure(work: Work, stored: Stored, gain: torch.Tensor | None) -> Spectra:
+    """The spectra of W, by the planned kernel. Raises `ValueError` for NaN and infinity, in W or in the gain."""
     w_OI = stored.matrix
-    raw = spectrum_of(w_OI, kernel)
+    raw = _spectrum(work, w_OI)
     if gain is None or isinstance(w_OI, Factored):
         return Spectra(raw, None, stored.rounding)
     scaled = norm(gain.to(w_OI.device)).power_times(0.5, w_OI.to(torch.float64).T).T
-    return Spectra(raw, get_kernel(kernel)(scaled), stored.rounding)
+    return Spectra(raw, _spectrum(work, scaled), stored.rounding)
+
+
+def _spectrum(work: Work, w: torch.Tensor | Factored) -> Spectrum:
+    if work.kernel != "sketch":
+        return spectrum_of(w, work.kernel)
+    seed = int.from_bytes(hashlib.sha256(procedure(work).encode()).digest()[:8], "big")
+    return spectrum_of(w, work.kernel, seed=seed, tolerance=work.tolerance)
 
 
 def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
     """Every number of theory for a matrix, from its spectra."""
-    spectrum, rounding = spectra.used or spectra.raw, spectra.rounding
+    spectrum, raw, rounding = spectra.used or spectra.raw, spectra.raw, spectra.rounding
     metric = "identity" if spectra.used is None else "norm"
-    s, raw = spectrum.values.numpy(), spectra.raw.values.numpy()
+    s = spectrum.values.numpy()
     s.flags.writeable = False
-    product = len(s) < min(ref.shape)  # of thin factors: the other values are exactly 0, and no noise fills them
-    latent, rule = dimension.latent_dimension(s, raw, max(ref.shape), "product" if product else metric)
-    participation = dimension.participation_ratio(s)
     degree, effective = _degrees(ref.activation if ref.block in ("mlp", "moe") else None, ref.gated)
+    ranks, norm = None, float(np.sqrt((s**2).sum()))
+    product = len(s) < min(ref.shape)  # of thin factors: the other values are exactly 0, and no noise fills them
+    smallest: float | None = 0.0 if product else float(s[-1])
+    numbers, intervals = _estimated(ref, spectrum, raw, rounding, metric, degree)
+    if spectrum.sketch is not None:
+        ranks, norm, smallest = tuple(range(1, len(spectrum.sketch.certified) + 1)), spectrum.sketch.norm, None
+        s = s[: len(ranks)]
     return MatrixReport(
         name=ref.name,
         part=ref.part,
@@ -79,41 +102,85 @@ def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
         kernel=kernel,
         method=spectrum.method,
         error_bound=spectrum.error_bound,
-        frobenius_norm=float(np.sqrt((s**2).sum())),
-        spectral_norm=float(s[0]),
-        smallest_singular_value=0.0 if product else float(s[-1]),
-        stable_rank=dimension.stable_rank(s),
-        participation_ratio=participation,
-        effective_rank=dimension.effective_rank(s),
-        effective_rank_energy=dimension.effective_rank_energy(s),
-        energy_rank_90=dimension.energy_rank(s, 0.90),
-        energy_rank_95=dimension.energy_rank(s, 0.95),
-        energy_rank_99=dimension.energy_rank(s, 0.99),
-        numerical_rank=dimension.numerical_rank(raw, max(ref.shape), rounding.relative, rounding.absolute),
-        latent_dim=latent,
-        latent_dim_rule=rule,
-        **(_noise(raw, max(ref.shape)) if not product else dict.fromkeys(NOISE)),
+        frobenius_norm=norm,
+        smallest_singular_value=smallest,
         energy_degree=degree,
         effective_degree=effective,
-        capacity_log10=capacity.capacity_log10(participation, degree),
-        expressivity=dimension.expressivity(s, min(ref.shape)),
         metric=metric,
-        singular_value_ranks=None,
+        singular_value_ranks=ranks,
         singular_values=s,
+        intervals=intervals,
+        **numbers,
     )
 
 
-def _noise(raw: np.ndarray, n: int) -> dict[str, Any]:
-    """The Marchenko–Pastur figures of σ(W). No spike count where the bulk does not look like noise at all."""
+def _estimated(
+    ref: MatrixRef, spectrum: Spectrum, raw: Spectrum, rounding: Rounding, metric: str, degree: int
+) -> tuple[Numbers, dict[str, tuple[float, float]] | None]:
+    """Every number that is a function of the spectra, and the intervals of those that a sketch estimates."""
+    pairs = list(zip(*_paired(spectrum, raw), strict=False))  # no more replicas than both have
+    found = [_numbers(ref, s, r, rounding, metric, degree) for s, r in pairs]
+    intervals = {
+        name: interval
+        for name, value in found[0].items()
+        if isinstance(value, (int, float))
+        and len(found) > 1
+        and (interval := interval_of([each[name] for each in found], grain=_grain(name, ref))) is not None
+    }
+    distance = found[0]["mp_fit_distance"]
+    if distance is None or not noise.bulk_is_mp_like(
+        distance, min(ref.shape)
+    ):  # not noise: a count of spikes says nothing
+        for name in ("mp_spikes", "mp_spikes_99"):
+            found[0][name] = None
+            intervals.pop(name, None)
+    return found[0], intervals or None
+
+
+def _paired(*spectra: Spectrum) -> list[list[np.ndarray]]:
+    """The variants of each spectrum, side by side; an exact one beside a sketch stays as it is."""
+    found = [[s.values.numpy()] if s.sketch is None else variants(s.values.numpy(), s.sketch) for s in spectra]
+    longest = max(map(len, found))
+    return [each * longest if len(each) == 1 else each for each in found]
+
+
+def _grain(name: str, ref: MatrixRef) -> float:
+    """The distance of two distribution functions moves in steps of one value; counts have their own grain."""
+    return 1 / min(ref.shape) if name == "mp_fit_distance" else 0.0
+
+
+def _numbers(ref: MatrixRef, s: np.ndarray, raw: np.ndarray, rounding: Rounding, metric: str, degree: int) -> Numbers:
+    """The numbers of S' = `s` and of σ(W) = `raw`."""
+    product = len(s) < min(ref.shape)
+    latent, rule = dimension.latent_dimension(s, raw, max(ref.shape), "product" if product else metric)
+    participation = dimension.participation_ratio(s)
+    return {
+        "spectral_norm": float(s[0]),
+        "stable_rank": dimension.stable_rank(s),
+        "participation_ratio": participation,
+        "effective_rank": dimension.effective_rank(s),
+        "effective_rank_energy": dimension.effective_rank_energy(s),
+        "energy_rank_90": dimension.energy_rank(s, 0.90),
+        "energy_rank_95": dimension.energy_rank(s, 0.95),
+        "energy_rank_99": dimension.energy_rank(s, 0.99),
+        "numerical_rank": dimension.numerical_rank(raw, max(ref.shape), rounding.relative, rounding.absolute),
+        "latent_dim": latent,
+        "latent_dim_rule": rule,
+        "capacity_log10": capacity.capacity_log10(participation, degree),
+        "expressivity": dimension.expressivity(s, min(ref.shape)),
+        **(_noise(raw, max(ref.shape)) if not product else dict.fromkeys(NOISE)),
+    }
+
+
+def _noise(raw: np.ndarray, n: int) -> Numbers:
+    """The Marchenko–Pastur figures of σ(W)."""
     if n < 2 or np.median(raw) <= 0:
         return dict.fromkeys(NOISE)
-    distance = noise.mp_fit_distance(raw, n)
-    fits = noise.bulk_is_mp_like(distance, len(raw))
     return {
         "mp_edge": noise.mp_edge(raw, n),
-        "mp_spikes": noise.spikes(raw, n) if fits else None,
-        "mp_spikes_99": noise.spikes(raw, n, noise.TRACY_WIDOM_99) if fits else None,
-        "mp_fit_distance": distance,
+        "mp_spikes": noise.spikes(raw, n),
+        "mp_spikes_99": noise.spikes(raw, n, noise.TRACY_WIDOM_99),
+        "mp_fit_distance": noise.mp_fit_distance(raw, n),
     }
 
 

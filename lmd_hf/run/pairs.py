@@ -14,8 +14,9 @@ from typing import Any
 
 from lmd_hf.changes import Matching, Pair, Unmatched
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix.cost import EIGEN_FLOPS
 from lmd_hf.records import Alias, Inventory, MatrixRef, Settings, Skipped
-from lmd_hf.run.plan import EIGEN_FLOPS, nothing_left, selector
+from lmd_hf.run.plan import nothing_left, selector
 from lmd_hf.weights.families import find_role
 
 

@@ -5,13 +5,13 @@ import heapq
 from collections.abc import Callable
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix.cost import EXACT_SIDE, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.inventory import pieces
 
 
 METRICS = ("identity", "norm")
-KERNELS = {"auto": "exact", "exact": "exact"}
-EIGEN_FLOPS = 4 / 3  # reduction of a k × k symmetric matrix to tridiagonal form: 4/3 k³ (Golub & Van Loan, §8.3.1)
+KERNELS = ("auto", "exact", "sketch")
 
 
 def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
@@ -58,11 +58,13 @@ def _check(settings: Settings) -> None:
     for kind, values, known in (
         ("role", settings.roles, ROLES),
         ("metric", (settings.metric,), METRICS),
-        ("kernel", (settings.kernel,), tuple(KERNELS)),
+        ("kernel", (settings.kernel,), KERNELS),
     ):
         for value in values:
             if value not in known:
                 raise SettingsError(f"no {kind} '{value}'; known: {', '.join(known)}")
+    if not 0 < settings.tolerance < 1:
+        raise SettingsError(f"tolerance is {settings.tolerance}; it is relative, so give a number between 0 and 1")
 
 
 def _wanted_layers(text: str, inventory: Inventory) -> set[int] | None:
@@ -93,21 +95,29 @@ def _is_chosen(ref: MatrixRef, settings: Settings, layers: set[int] | None) -> b
 
 def _work(ref: MatrixRef, settings: Settings) -> Work:
     short, long = min(ref.shape), max(ref.shape)
+    kernel = _kernel(settings.kernel, short)
     if ref.stored == "lora" and ref.low_rank is not None:
         rank = ref.low_rank.right.shape[0] // ref.low_rank.experts
-        return Work(ref, KERNELS[settings.kernel], 2.0 * (short + long) * rank**2, 3 * 8 * (short + long) * rank)
-    flops = exact_flops(long, short)
+        flops, memory = 2.0 * (short + long) * rank**2, 3 * 8 * (short + long) * rank
+        return Work(ref, kernel, flops, memory, settings.tolerance)
     entry = 8 if ref.dtype == "F64" or ref.low_rank is not None else 4
+    folded = settings.metric == "norm" and ref.norm is not None
+    if kernel == "sketch" and sketch_pays(short):
+        flops, beside = sketch_flops(long, short), sketch_bytes(long, short, 8 if folded else entry)
+    else:
+        flops, beside = exact_flops(long, short), 3 * 8 * short**2
     packed = 0 if ref.stored == "plain" and ref.low_rank is None else 8 * short * long  # what unpacking needs beside W
-    memory = entry * short * long + 3 * 8 * short**2 + packed
-    if settings.metric == "norm" and ref.norm is not None:
+    memory = entry * short * long + beside + packed
+    if folded:
         flops, memory = 2 * flops, memory + 8 * short * long
-    return Work(ref, KERNELS[settings.kernel], flops, memory)
+    return Work(ref, kernel, flops, memory, settings.tolerance)
 
 
-def exact_flops(long: int, short: int) -> float:
-    """Cost of the exact kernel: half of the Gram product (it is symmetric) and the eigenvalues of a k × k matrix."""
-    return long * short**2 + EIGEN_FLOPS * short**3
+def _kernel(asked: str, short: int) -> str:
+    """`auto` decides by cost: exact as long as that takes minutes."""
+    if asked == "auto":
+        return "sketch" if short > EXACT_SIDE else "exact"
+    return asked
 
 
 def _shards(works: tuple[Work, ...], world_size: int) -> tuple[tuple[int, ...], ...]:

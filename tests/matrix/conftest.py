@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 
 @pytest.fixture
@@ -21,3 +22,10 @@ def build():
         return (u * torch.as_tensor(spectrum, dtype=torch.float64)) @ v.T
 
     return make
+
+
+@pytest.fixture
+def one_thread():
+    """BLAS on one thread: on a busy machine, threads that wait for each other make small products ten times slower."""
+    with threadpool_limits(limits=1):
+        yield

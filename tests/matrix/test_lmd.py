@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.lmd import decompose
 from lmd_hf.matrix.metrics import column_signs, dense, identity, norm
 
@@ -155,3 +156,25 @@ def test_factors_keep_the_axes_apart(build):
     lmd = decompose(build(O, I), rank=K)
     assert (lmd.u.shape, lmd.s_K.shape, lmd.v.shape) == ((O, K), (K,), (I, K))
     assert (lmd.projection.shape, lmd.similarity.shape) == ((O, K), (K, I))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_a_sketch_gives_nearly_the_optimum_and_its_very_error(build, shape):
+    w = build(*shape, torch.arange(1, 201, dtype=torch.float64) ** -0.7)
+    best, near = decompose(w, rank=12), decompose(w, rank=12, kernel="sketch")
+    torch.testing.assert_close(near.s_K, best.s_K, rtol=1e-4, atol=0)
+    torch.testing.assert_close(near.reconstruct(), best.reconstruct(), rtol=0, atol=1e-3)
+    assert near.error_bound == pytest.approx(torch.linalg.matrix_norm(w - near.reconstruct()).item(), rel=1e-9)
+    assert best.error_bound * (1 - 1e-12) <= near.error_bound <= best.error_bound * (1 + 1e-6)
+    eye = torch.eye(12, dtype=torch.float64)
+    for factor in (near.projection, near.similarity.T):
+        torch.testing.assert_close(factor.T @ factor, eye, rtol=0, atol=1e-12)
+
+
+def test_a_sketch_works_in_metrics_and_gives_way_where_it_does_not_converge(build):
+    w, gain = build(150, 120, torch.linspace(2, 1, 120)), torch.linspace(0.5, 2, 120)
+    best, near = (decompose(w, input_metric=norm(gain), rank=5, kernel=kernel) for kernel in ("exact", "sketch"))
+    torch.testing.assert_close(near.s_K, best.s_K, rtol=1e-4, atol=0)
+    torch.testing.assert_close(decompose(w, kernel="sketch").s_K, decompose(w).s_K, rtol=1e-9, atol=0)
+    with pytest.raises(SettingsError, match="no kernel 'magic'; known: exact, sketch"):
+        decompose(w, kernel="magic")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmd_hf import analyze, cli
-from lmd_hf.matrix.kernels import Spectrum
+from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import ModelIdentity, Settings
 from lmd_hf.run.execute import Output, execute
 from lmd_hf.run.journal import PLACE, Keys, clear_kept, list_kept, open_journal
@@ -202,3 +202,16 @@ def test_the_cache_is_listed_and_cleared(save, capsys):
     assert analyze(save("gpt2")).environment["reused"] == 0
     clear_kept()
     assert list_kept() == []
+
+
+def test_a_sketch_is_kept_with_what_its_intervals_are_made_of(tmp_path):
+    w = torch.randn(1200, 1100, generator=torch.Generator().manual_seed(0))
+    save_file({"layers.0.mlp.up_proj.weight": w}, tmp_path / "model.safetensors")
+    first, second = (analyze(tmp_path, kernel="sketch") for _ in range(2))
+    (matrix,) = first.matrices
+    assert matrix.method == "krylov+quadrature"
+    assert matrix.intervals
+    assert second.environment["reused"] == 1
+    assert numbers(first) == numbers(second)
+    assert analyze(tmp_path, kernel="sketch", tolerance=0.02).environment["reused"] == 0
+    assert analyze(tmp_path).environment["reused"] == 0

@@ -1,10 +1,12 @@
 """Plans are pure: selection, cost and shards from an inventory."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix.cost import BLOCK, LANCZOS, PROBES, STEPS
 from lmd_hf.records import Settings
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.inventory import list_matrices
@@ -53,7 +55,8 @@ def test_selection(stage, settings, expected):
     [
         (Settings(roles=("qq",)), "no role 'qq'; known: embed"),
         (Settings(metric="euclid"), "no metric 'euclid'; known: identity, norm"),
-        (Settings(kernel="magic"), "no kernel 'magic'; known: auto, exact"),
+        (Settings(kernel="magic"), "no kernel 'magic'; known: auto, exact, sketch"),
+        (Settings(tolerance=1.5), "tolerance is 1.5; it is relative"),
         (Settings(layers="a-b"), "cannot read layers 'a-b'"),
         (Settings(layers="7"), "leaves no matrix"),
         (Settings(match="nothing*"), "leaves no matrix"),
@@ -80,6 +83,33 @@ def test_cost_is_that_of_the_exact_kernel(stage):
     work = next(w for w in make_plan(*stage, Settings()).works if w.ref.role == "down")
     k, long = min(work.ref.shape), max(work.ref.shape)
     assert work.flops == long * k**2 + 4 / 3 * k**3
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape", "kernel", "sketched"),
+    [
+        ("auto", (8192, 30_000), "exact", False),
+        ("auto", (30_000, 8193), "sketch", True),
+        ("exact", (30_000, 8193), "exact", False),
+        ("sketch", (2000, 1000), "sketch", True),
+        ("sketch", (2000, 700), "sketch", False),  # shorter than what the probes would build from it: exact runs
+    ],
+)
+def test_the_kernel_is_decided_by_cost(stage, asked, shape, kernel, sketched):
+    inventory, identity = stage
+    down = next(ref for ref in inventory.selected if ref.role == "down")
+    ref = replace(down, shape=shape, tensors=(), stored="plain")
+    sized = replace(inventory, selected=(ref,), skipped=(), aliases=())
+    work = make_plan(sized, identity, Settings(kernel=asked, tolerance=0.02)).works[0]
+    long, short = max(shape), min(shape)
+    assert (work.kernel, work.tolerance) == (kernel, 0.02)
+    if sketched:
+        products = 4 * long * short * (BLOCK * STEPS + PROBES * LANCZOS)  # with W and Wᵀ
+        assert products < work.flops < 1.6 * products
+        assert work.bytes < 4 * long * short + 8 * 4 * 1200 * (long + short)
+    else:
+        assert work.flops == long * short**2 + 4 / 3 * short**3
+        assert work.bytes == 4 * long * short + 24 * short**2
 
 
 def test_an_estimate_knows_bytes_time_and_memory(hub, save):

@@ -1,0 +1,184 @@
+"""Leading singular triplets by randomised block Krylov iteration, each with a certificate.
+
+Shapes: L = long side, S = short side, W is L × S here; p = block, K = dimension of the Krylov space, r = triplets kept.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lmd_hf.matrix.cost import BLOCK, MOST, STEPS
+
+
+UNIT_ROUNDOFF = 2.0**-53
+FAILURE = 1e-6  # probability that `norm_bound` is none: once in a million matrices
+CHUNK_ENTRIES = 2**20  # entries of W in float64 at a time
+SALT = int.from_bytes(b"lmd_hf", "big")
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """U (L × r), σ (r, descending), V (S × r), float64, with W·V = U·diag(σ) to rounding; `residuals` ‖Wᵀuᵢ − σᵢvᵢ‖."""
+
+    left: Float[Tensor, "L r"]
+    values: Float[Tensor, " r"]
+    right: Float[Tensor, "S r"]
+    residuals: Float[Tensor, " r"]
+
+    def first(self, count: int) -> "Triplets":
+        """The leading `count` of them."""
+        return Triplets(self.left[:, :count], self.values[:count], self.right[:, :count], self.residuals[:count])
+
+
+def krylov(
+    w_LS: Float[Tensor, "L S"], *, seed: int, tolerance: float, most: int = MOST, block: int = BLOCK
+) -> Iterator[Triplets]:
+    """Ritz triplets of the growing spaces span(X, (WᵀW)X, (WᵀW)²X, …), X Gaussian, each yield a few steps further.
+
+    Rayleigh–Ritz (Musco & Musco 2015, Algorithm 2) on an orthonormal basis Q of the space, kept orthogonal by two full
+    passes: σ̂ are the singular values of W·Q. Products with W run in the dtype of W (float32 or float64), all else in
+    float64, and what is yielded is refined once more in float64 (`refined`), so that rounding of the products widens
+    residuals and never falsifies them. A yield holds the leading triplets, at most `most` and at least one, up to the
+    first whose residual is not expected below `tolerance` · σ̂. The first yield comes after `STEPS` products with WᵀW,
+    each later one after as many more; the sequence ends when the space is the whole one.
+    """
+    short = w_LS.shape[1]
+    x_Sp = orthonormal(normal(short, min(block, short), seed=seed).to(w_LS.device))
+    bases, images, backs = [x_Sp], [], []
+    while x_Sp.shape[1]:
+        images.append(times(w_LS, x_Sp))
+        backs.append(times(w_LS.T, images[-1]))
+        x_Sp = _new_directions(backs[-1], bases)[:, : short - sum(basis.shape[1] for basis in bases)]
+        if len(images) % STEPS == 0 or not x_Sp.shape[1]:
+            space_SK, image_LK, back_SK = torch.cat(bases, 1), torch.cat(images, 1), torch.cat(backs, 1)
+            yield refined(w_LS, _candidates(space_SK, image_LK, back_SK, tolerance)[:, :most])
+        bases.append(x_Sp)
+
+
+def _new_directions(y_Sp: Tensor, bases: list[Tensor]) -> Float[Tensor, "S p"]:
+    """An orthonormal basis of what Y adds to the bases; where it adds nothing, rounding gives directions as good."""
+    y_Sp = y_Sp.clone()
+    for _ in range(2):
+        for basis in bases:
+            y_Sp -= product(basis, product(basis.T, y_Sp))
+        y_Sp = orthonormal(y_Sp)
+    return y_Sp
+
+
+def _candidates(basis_SK: Tensor, image_LK: Tensor, back_SK: Tensor, tolerance: float) -> Float[Tensor, "S r"]:
+    """The leading right Ritz vectors up to the first whose residual exceeds `tolerance` · σ̂, but at least one.
+
+    With W·Q = image and WᵀW·Q = back, Wᵀu = back·z/σ̂, to the rounding of the products.
+    """
+    _, s, zh = thin_svd(image_LK)
+    right_SK = product(basis_SK, zh.T)
+    floor = torch.finfo(torch.float64).tiny
+    residuals = torch.linalg.vector_norm(product(back_SK, zh.T) / s.clamp_min(floor) - right_SK * s, dim=0)
+    good = residuals <= tolerance * s
+    return right_SK[:, : max(1, int(good.cumprod(0).sum()))]
+
+
+def refined(w_LS: Float[Tensor, "L S"], v_Sr: Float[Tensor, "S r"]) -> Triplets:
+    """Rayleigh–Ritz on span(V) in float64: U, σ, V with W·V = U·diag(σ), and the residuals of the other side."""
+    v_Sr = orthonormal(v_Sr)
+    u_Lr, s_r, zh = thin_svd(times(w_LS, v_Sr, exact=True))
+    v_Sr = product(v_Sr, zh.T)
+    back_Sr = times(w_LS.T, u_Lr, exact=True)
+    return Triplets(u_Lr, s_r, v_Sr, torch.linalg.vector_norm(back_Sr - v_Sr * s_r, dim=0))
+
+
+def certificates(triplets: Triplets, rest: float, rounding: float) -> Float[np.ndarray, " r"]:
+    """Bounds on |σ̂ᵢ − σᵢ|, i the rank, given `rest` ≥ ‖(I − UUᵀ)·W·(I − VVᵀ)‖₂.
+
+    In the bases [U U⊥], [V V⊥] W is [Σ E; 0 R], the rows of E being the residuals. Certain, in exact arithmetic:
+    σ̂ᵢ ≤ σᵢ (interlacing), and some singular value lies within ‖eᵢ‖ of σ̂ᵢ. That it is the i-th, and none larger was
+    missed, needs ‖R‖₂ ≤ `rest`: with `norm_bound` this holds with probability 1 − 1e-6 over the probes. Then for any
+    split s ≥ i of the triplets into the first s and the others, with ε = ‖E_{≤s}‖_F and
+    ρ = max(σ̂_{s+1}, rest) + ‖E_{>s}‖_F, which bounds the norm of the block that remains,
+
+        σᵢ ≤ max(σ̂ᵢ, ρ) + 2ε²/(η + √(η² + 4ε²)),   η = max(σ̂ᵢ − ρ, 0)
+
+    (Li & Li 2005, Theorem 2, for singular values through the Jordan–Wielandt matrix; η = 0 gives Weyl's ε). The
+    smallest over s stands, plus `rounding`, that of the float64 residuals.
+    """
+    s, squares = triplets.values.cpu().numpy(), triplets.residuals.cpu().numpy() ** 2
+    inside = np.sqrt(np.cumsum(squares))
+    outside = np.sqrt(np.append(np.cumsum(squares[::-1])[::-1][1:], 0.0))
+    below = np.maximum(np.append(s[1:], 0.0), rest) + outside
+    gaps = np.maximum(s[:, None] - below[None, :], 0)
+    spread = 2 * inside**2 / np.maximum(gaps + np.sqrt(gaps**2 + 4 * inside**2), np.finfo(float).tiny)
+    upper = np.maximum(s[:, None], below[None, :]) + spread
+    upper[np.tril_indices(len(s), -1)] = np.inf  # a split before i does not hold σ̂ᵢ
+    return upper.min(axis=1) - s + rounding
+
+
+def norm_bound(largest: float, size: int, probes: int, steps: int) -> float:
+    """‖A‖₂ from the largest Ritz value of `probes` Lanczos runs of `steps` steps with independent uniform unit starts.
+
+    A single run underestimates λ₁ = ‖A‖² by more than a share ε with a probability of at most
+    1.648·√n·e^{−√ε(2m−1)}, n = `size` (Kuczyński & Woźniakowski 1992, §4); all of them do with its P-th power, which is
+    set to 1e-6. Infinite where so few steps say nothing.
+    """
+    each = FAILURE ** (1 / probes)
+    share = (math.log(1.648 * math.sqrt(size) / each) / (2 * steps - 1)) ** 2
+    return largest / math.sqrt(1 - share) if share < 1 else math.inf
+
+
+def normal(rows: int, columns: int, *, seed: int) -> Float[Tensor, "rows columns"]:
+    """Independent standard normal numbers, float64, on the CPU. The salt keeps them apart from those that somebody's
+    own seed 0 made the matrix of: probes that are rows of W would see anything but its spectrum."""
+    return torch.from_numpy(np.random.default_rng([SALT, seed]).standard_normal((rows, columns)))
+
+
+def times(w: Tensor, x: Tensor, *, exact: bool = False) -> Float[Tensor, "N p"]:
+    """W·X as float64; the product itself runs in the dtype of W, or in float64 a few rows of W at a time if `exact`."""
+    if exact and w.dtype != torch.float64:
+        return _times_in_chunks(w, x)
+    return product(w, x.to(w.dtype)).to(torch.float64)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A·B in their own dtype, float32 without TF32. On the CPU by numpy, whose BLAS keeps to its share of the cores (a
+    worker thread of torch takes them all, and waits for them where others are at work)."""
+    if a.device.type == "cpu":
+        return torch.from_numpy(a.numpy() @ b.numpy())
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        return a @ b
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def orthonormal(x_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    """Q of X = QR, by the library that `product` uses."""
+    return torch.from_numpy(np.linalg.qr(x_NK.numpy())[0]) if x_NK.device.type == "cpu" else torch.linalg.qr(x_NK).Q
+
+
+def thin_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N k"], Float[Tensor, " k"], Float[Tensor, "k K"]]:
+    """U, σ, Vᵀ, by the library that `product` uses."""
+    if x_NK.device.type != "cpu":
+        return torch.linalg.svd(x_NK, full_matrices=False)
+    q, r = np.linalg.qr(x_NK.numpy())
+    u, s, vh = np.linalg.svd(r, full_matrices=False)
+    return torch.from_numpy(q @ u), torch.from_numpy(s), torch.from_numpy(vh)
+
+
+def _times_in_chunks(w: Tensor, x: Tensor) -> Tensor:
+    """W·X in float64. A transposed W is taken by its own columns, which lie together in memory."""
+    turned = w.stride(0) < w.stride(1)
+    stored = w.T if turned else w
+    step = max(1, CHUNK_ENTRIES // max(1, stored.shape[1]))
+    result = x.new_zeros(w.shape[0], x.shape[1])
+    for start in range(0, stored.shape[0], step):
+        rows = slice(start, start + step)
+        chunk = stored[rows].to(torch.float64)
+        if turned:
+            result += product(chunk.T, x[rows])
+        else:
+            result[rows] = product(chunk, x)
+    return result
