@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import hub_server  # noqa: E402
 
 
 ROLES = "q,k;"
-POLL = 0.02  # seconds between two looks at the peak
+POLL = 0.05  # seconds between two looks at the peak
 SHAPES = {125: (768, 2048, 4), 500: (1024, 2816, 11), 2000: (2048, 5632, 10)}  # MB: hidden, feed-forward, layers
 VOCAB = 8192
 TRANSFER = """
@@ -86,18 +87,24 @@ def run(*command: str) -> dict[str, Any]:
                        "PYTHONPATH": str(ROOT)}  # fmt: skip
         begin = time.time()
         process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err, env=environment, cwd=home)
-        peak = 0.0
-        while process.poll() is None:
-            with contextlib.suppress(StopIteration, OSError):  # it has just ended
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-            time.sleep(POLL)
+        peaks = [0.0]
+        threading.Thread(target=watch, args=(process.pid, peaks), daemon=True).start()
+        process.wait()
         end = time.time()
         err.seek(0)
         if process.returncode:
             sys.exit(err.read())
         out.seek(0)
-        return {**json.loads(out.read()), "begin": begin, "exit": end, "memory": peak}
+        return {**json.loads(out.read()), "begin": begin, "exit": end, "memory": max(peaks)}
+
+
+def watch(process: int, peaks: list[float]) -> None:
+    """Note the peak memory of a process, in MB, until it ends."""
+    with contextlib.suppress(StopIteration, OSError):
+        while True:
+            status = Path(f"/proc/{process}/status").read_text()
+            peaks.append(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+            time.sleep(POLL)
 
 
 def measure(folder: Path, name: str, roles: str, runs: int) -> dict[str, float]:
