@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix import band, smallest
 from lmd_hf.matrix.cost import exact_flops
 from lmd_hf.matrix.sketch import TOLERANCE, attempt
 from lmd_hf.matrix.spectrum import Spectrum
@@ -22,14 +23,17 @@ from lmd_hf.records import Factored
 
 
 UNIT_ROUNDOFF = 2.0**-53
-CHUNK_ENTRIES = 2**20  # entries of W converted to float64 at a time: 8 MiB, past which speed is flat
+CHUNK_ENTRIES = 2**20  # entries of W converted to float64 at a time: 8 MiB, past which speed is flat, or
+CHUNK_ROWS = 2048  # so many rows, so that adding k × k products up is a few per cent of making them
+GRAM_BLOCK = 1024  # rows of the Gram matrix made at a time: its lower triangle is half of the work
+BAND_FROM = 2560  # short sides from which two stages find the eigenvalues sooner: benchmarks/kernels.py measures both
 ACCURACY = 1e-7  # relative accuracy that every value above FLOOR · σ₁ must keep, else the kernel refines
 FLOOR = 1e-6
 RITZ_CUT = (
     1 / 2000
 )  # values below RITZ_CUT · σ₁ are refined: there the Gram route still has 9 digits, so the cut is safe
 SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
-TALL = 2  # and so does refining a matrix that is less than twice as long as wide: eigenvectors cost more than its SVD
+TALL = 2  # so does taking all eigenvectors, unless W is more than twice as long as wide
 
 
 def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
@@ -39,8 +43,8 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
     stability of the product and of the symmetric eigensolver: Higham 2002, §3.5; LAPACK Users' Guide 1999, §4.7), so
     the relative error of σᵢ is taken as 8u·((σ₁/σᵢ)² + √k). Where that passes 1e-7, the small values are refined:
     with Q the eigenvectors of G below (σ₁/2000)², the singular values of W·Q have absolute error 8u·√k·σ₁
-    (Rayleigh–Ritz on an invariant subspace, Parlett 1998, §11). Where many values are small, or W is not tall, the SVD
-    of W itself is cheaper and runs instead, with the same bound. The constant 8 is calibrated against LAPACK's SVD,
+    (Rayleigh–Ritz on an invariant subspace, Parlett 1998, §11). Where many values are small, the SVD of W itself is
+    cheaper and runs instead, with the same bound. The constant 8 is calibrated against LAPACK's SVD,
     with room to spare on every case of `tests/matrix/test_kernels.py`; the provable constants grow with k and are far
     too large to be of use.
 
@@ -51,14 +55,15 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
     w_LK = w_OI if w_OI.shape[0] >= w_OI.shape[1] else w_OI.T
     scale = _power_of_two(w_LK)
     gram = _gram(w_LK, scale)
-    if not torch.isfinite(gram).all():  # one NaN or infinity in W reaches the diagonal, and k × k is quick to check
+    if not torch.isfinite(gram.diagonal()).all():  # where one NaN or infinity in W arrives
         raise ValueError("the matrix holds NaN or infinity")
     values = _eigenvalues(gram).flip(0).clamp_min(0).sqrt()
     if _gram_error(values) <= ACCURACY:
         return Spectrum(values * scale, _gram_error(values), "gram")
     small = int((values < RITZ_CUT * values[0]).sum())
-    if small <= SMALL_SHARE * len(values) and w_LK.shape[0] > TALL * w_LK.shape[1]:
-        values[len(values) - small :] = _ritz_values(w_LK, gram, small, scale)
+    refined = _ritz_values(w_LK, values, small, scale)
+    if refined is not None:
+        values[len(values) - small :] = refined
         values = values.sort(descending=True).values
         method = "gram+ritz"
     else:
@@ -125,7 +130,7 @@ def _power_of_two(w: Tensor) -> float:
 
 def _chunks(w_LK: Tensor, scale: float) -> Iterator[Tensor]:
     """W in float64, a few rows at a time; every chunk is the same memory, so use it before asking for the next."""
-    rows = max(1, CHUNK_ENTRIES // w_LK.shape[1])
+    rows = max(CHUNK_ROWS, CHUNK_ENTRIES // w_LK.shape[1])
     buffer = w_LK.new_empty(min(rows, w_LK.shape[0]), w_LK.shape[1], dtype=torch.float64)
     for start in range(0, w_LK.shape[0], rows):
         chunk = buffer[: min(rows, w_LK.shape[0] - start)].copy_(w_LK[start : start + rows])
@@ -133,23 +138,37 @@ def _chunks(w_LK: Tensor, scale: float) -> Iterator[Tensor]:
 
 
 def _gram(w_LK: Tensor, scale: float) -> Tensor:
-    """Σ over chunks of the long side of chunkᵀ·chunk, in float64 on W's device."""
-    k = w_LK.shape[1]
-    gram, product = w_LK.new_zeros(k, k, dtype=torch.float64), w_LK.new_empty(k, k, dtype=torch.float64)
+    """Σ over chunks of the long side of chunkᵀ·chunk, in float64 on W's device (where TF32 does not apply); on the CPU
+    only its lower triangle, which is all that LAPACK reads."""
+    gram = w_LK.new_zeros(w_LK.shape[1], w_LK.shape[1], dtype=torch.float64)
+    add = _add_lower if gram.device.type == "cpu" else _add_whole
     for chunk in _chunks(w_LK, scale):
-        if chunk.device.type == "cpu":  # numpy sees AᵀA and calls dsyrk: half the work of a general product
-            np.matmul(chunk.numpy().T, chunk.numpy(), out=product.numpy())
-        else:
-            torch.matmul(chunk.T, chunk, out=product)
-        gram += product
+        add(gram, chunk)
     return gram
 
 
+def _add_whole(gram: Tensor, chunk: Tensor) -> None:
+    gram.addmm_(chunk.T, chunk)
+
+
+def _add_lower(gram: Tensor, chunk: Tensor) -> None:
+    """By blocks of rows: left of the diagonal a general product, on it AᵀA, for which numpy calls dsyrk."""
+    sums, rows = gram.numpy(), chunk.numpy()
+    for start in range(0, len(sums), GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        if start:
+            sums[start:stop, :start] += rows[:, start:stop].T @ rows[:, :start]
+        sums[start:stop, start:stop] += rows[:, start:stop].T @ rows[:, start:stop]
+
+
 def _eigenvalues(gram: Tensor) -> Tensor:
-    """Ascending, on the CPU. numpy's LAPACK lets other threads run, and is the faster one on most CPUs."""
-    if gram.device.type == "cpu":
-        return torch.from_numpy(np.linalg.eigvalsh(gram.numpy()))
-    return torch.linalg.eigvalsh(gram).cpu()
+    """Ascending, on the CPU, where a large Gram matrix is overwritten. numpy's LAPACK lets other threads run, and is
+    the faster one on most CPUs."""
+    if gram.device.type != "cpu":
+        return torch.linalg.eigvalsh(gram).cpu()
+    if len(gram) >= BAND_FROM:
+        return torch.from_numpy(band.eigenvalues(gram.numpy()))
+    return torch.from_numpy(np.linalg.eigvalsh(gram.numpy()))
 
 
 def _singular_values(w: Tensor) -> Tensor:
@@ -159,13 +178,22 @@ def _singular_values(w: Tensor) -> Tensor:
     return torch.linalg.svdvals(w).cpu()
 
 
-def _ritz_values(w_LK: Tensor, gram: Tensor, count: int, scale: float) -> Tensor:
-    """Singular values of W·Q, Q the eigenvectors of the `count` smallest eigenvalues of the Gram matrix."""
-    if gram.device.type == "cpu":
+def _ritz_values(w_LK: Tensor, values: Tensor, count: int, scale: float) -> Tensor | None:
+    """The `count` smallest singular values: those of W·Q, Q an orthonormal basis of the eigenvectors of the Gram matrix
+    that belong to them, or of a subspace that holds these. `None` where the SVD of W costs less."""
+    size = smallest.subspace_size(values**2, count)
+    tall = w_LK.shape[0] > TALL * w_LK.shape[1]
+    if size is None and not (tall and count <= SMALL_SHARE * len(values)):
+        return None
+    gram = _gram(w_LK, scale)  # again: its eigenvalues may have been found in its place
+    q: Tensor | None
+    if size is not None:
+        q = smallest.smallest_subspace(gram, values**2, count, size)
+    elif gram.device.type == "cpu":
         q = torch.from_numpy(np.linalg.eigh(gram.numpy())[1][:, :count])
     else:
         q = torch.linalg.eigh(gram).eigenvectors[:, :count]
-    return _singular_values(torch.cat([chunk @ q for chunk in _chunks(w_LK, scale)]))
+    return None if q is None else _singular_values(torch.cat([chunk @ q for chunk in _chunks(w_LK, scale)]))[-count:]
 
 
 def _gram_error(values: Tensor) -> float:

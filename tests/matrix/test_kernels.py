@@ -42,8 +42,23 @@ def test_each_route_is_taken_where_it_should_be(build):
     few_small = torch.cat([torch.ones(58), torch.tensor([1e-4, 1e-5])])
     assert exact(build(90, 60, torch.linspace(1, 0.1, 60))).method == "gram"
     assert exact(build(190, 60, few_small)).method == exact(build(60, 190, few_small)).method == "gram+ritz"
-    assert exact(build(90, 60, few_small)).method == "svd"
+    assert exact(build(60, 60, few_small)).method == "gram+ritz"
+    more_small = torch.cat([torch.ones(55), torch.full((5,), 1e-5)])  # more than the sixteenth that a subspace may have
+    assert exact(build(90, 60, more_small)).method == "svd"
+    assert exact(build(190, 60, more_small)).method == "gram+ritz"
     assert exact(build(190, 60, torch.logspace(0, -7, 60))).method == "svd"
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_two_stages_find_what_one_does(build, monkeypatch, spectrum):
+    monkeypatch.setattr("lmd_hf.matrix.kernels.BAND_FROM", 1)
+    for shape in ((301, 301), (200, 700), (3, 9)):
+        w = build(*shape, SPECTRA[spectrum](min(shape)))
+        reference = scipy.linalg.svd(w.double().numpy(), compute_uv=False)
+        result = exact(w)
+        trusted = reference > FLOOR * reference[0]
+        error = (np.abs(result.values.numpy() - reference) / reference)[trusted].max()
+        assert error <= min(1e-7, result.error_bound)
 
 
 def test_small_values_are_refined_not_guessed(build):
@@ -69,6 +84,8 @@ def test_long_sides_are_taken_in_chunks(build, monkeypatch):
     w = build(500, 40)
     whole = exact(w).values
     monkeypatch.setattr("lmd_hf.matrix.kernels.CHUNK_ENTRIES", 40 * 7)
+    monkeypatch.setattr("lmd_hf.matrix.kernels.CHUNK_ROWS", 7)
+    monkeypatch.setattr("lmd_hf.matrix.kernels.GRAM_BLOCK", 16)
     torch.testing.assert_close(exact(w).values, whole, rtol=1e-12, atol=0)
 
 
