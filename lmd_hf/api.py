@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from huggingface_hub.utils import tqdm
 
 from lmd_hf.changes import Pair
-from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.errors import LmdError, SettingsError, SourceError
 from lmd_hf.records import MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
-from lmd_hf.run.execute import HeadStart, execute, head_start
+from lmd_hf.run.execute import HeadStart, Output, execute, head_start
+from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
+from lmd_hf.run.world import World
+from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
+from lmd_hf.weights.named import names_tell_all
 from lmd_hf.weights.source import FileSource, Source, open_source
 
 
@@ -32,8 +37,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 QUIET_SECONDS = 2  # work shorter than this shows no progress bar
+REFRESH_SECONDS = 0.2
 
 
+@overload
 def analyze(
     model: str | Path | nn.Module,
     *,
@@ -48,30 +55,98 @@ def analyze(
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    rank: int = 0,
     device: str = "auto",
-) -> Report:
-    """Decompose every weight matrix of a model and return the report.
+    factors: str | Path | None = None,
+    world: World | None = None,
+) -> Report: ...
+
+
+@overload
+def analyze(model: list[Any] | tuple[Any, ...], **options: Any) -> list[Report]: ...
+
+
+def analyze(  # type: ignore[misc]  # the keywords stand once
+    model: str | Path | nn.Module | list[Any] | tuple[Any, ...],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    download: bool = False,
+    base: str | Path | None = None,
+    metric: str = "identity",
+    kernel: str = "auto",
+    tolerance: float = 0.01,
+    roles: tuple[str, ...] = (),
+    layers: str = "",
+    match: str = "",
+    rank: int = 0,
+    device: str = "auto",
+    factors: str | Path | None = None,
+    world: World | None = None,
+) -> Report | list[Report]:
+    """Decompose every weight matrix of a model and return the report; of a list of models, a list of reports.
 
     `model` is a folder in Hub layout, a `.safetensors` file, a Hub id or a live module; weights are read one tensor at
     a time and the model is never built with real memory. Of a Hub id only the tensors that are selected are fetched,
     and not kept; `download` keeps whole files in the cache. A PEFT LoRA adapter gives one row for each pair, the update
     that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
     the updates added. The keywords after that are the fields of `Settings`.
+
+    With `rank` and `factors`, the rank that has a matrix also writes its leading axes into that folder, one safetensors
+    file each: `projection` (U·Odist), `s` (S') and `similarity` (Idist·Vᵀ), as `lmd_hf.decompose` gives them (of
+    several models, into folders 0, 1, 2 …).
+
+    Finished spectra are kept below the Hugging Face cache as they come, and not computed again for the same weights,
+    settings and version (`lmd-hf cache` lists and clears them); a live module's are not kept. `world`, from
+    `lmd_hf.run.world.join()`, shares the work between the processes of torchrun or `accelerate launch`, all of which
+    have to make the same call and get the same report; several models are shared out whole.
     Every stored parameter is accounted for: decomposed, or skipped with its reason; what could not be read to the end
-    is in `report.unread`. Raises `SourceError`, `FormatError` or `SettingsError`, each with its remedy.
+    is in `report.unread`. Raises `SourceError`, `FormatError` or `SettingsError`, each with its remedy; of several
+    models, after the others are done.
     """
-    settings = Settings(metric, kernel, tolerance, tuple(roles), layers, match, device)
+    settings = Settings(
+        metric=metric,
+        kernel=kernel,
+        tolerance=tolerance,
+        roles=tuple(roles),
+        layers=layers,
+        match=match,
+        rank=rank,
+        device=device,
+    )
+    if (rank > 0) != (factors is not None):
+        raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
+    world = world or World()
+    where = {"revision": revision, "subfolder": subfolder, "token": token, "download": download, "base": base}
+    if isinstance(model, (list, tuple)):
+        folders = None if factors is None else [Path(factors) / str(place) for place in range(len(model))]
+        return _analyze_all(model, where, settings, world, folders)
+    return _analyze_one(model, where, settings, world, None if factors is None else Path(factors))
+
+
+def _analyze_one(
+    model: str | Path | nn.Module, where: dict[str, Any], settings: Settings, world: World, factors: Path | None
+) -> Report:
     started = time.perf_counter()
-    source = open_source(model, revision=revision, subfolder=subfolder, token=token, download=download, base=base)
-    opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:
-        with _ahead(source, settings) as ahead:  # transformers takes seconds to import: the first matrices overlap it
-            todo = make_plan(list_matrices(source), source.identity, settings)
+        table = background.submit(load_table)  # while the Hub answers
+        source = world.together(lambda: open_source(model, **where))
+        table.result()
+        opened = time.perf_counter()
+        with ExitStack() as open_files:
+            kept = nullcontext(Journal()) if source.module is not None else open_journal(source.identity)
+            journal = open_files.enter_context(kept)
+            # transformers takes seconds to import: the first matrices overlap it
+            ahead = open_files.enter_context(_ahead(source, settings, world, journal))
+            todo = world.together(lambda: make_plan(list_matrices(source), source.identity, settings, world.size))
+            world.check_same(repr((todo.identity, todo.works)))
             planned = time.perf_counter()
             identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
-            with tqdm(total=100, desc="decomposing", delay=QUIET_SECONDS, name="lmd_hf.analyze", **_BAR) as bar:
-                results = execute(todo, source, ahead=ahead, progress=_advance(bar, todo.works))
+            with _progress("decomposing", todo.works, world) as progress:
+                output = Output(journal, factors)
+                results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -81,6 +156,43 @@ def analyze(
     if report.unread and not report.matrices:
         raise SourceError(report.unread[0].reason)
     return report
+
+
+def analyze_each(
+    models: Sequence[str | Path],
+    where: dict[str, Any],
+    settings: Settings,
+    world: World,
+    *,
+    factors: Sequence[Path] | None = None,
+) -> Iterator[tuple[int, Report | LmdError]]:
+    """(place in the list, its report or what went wrong) for the models that fall to this rank: always the next one
+    that no rank has taken."""
+    tickets = world.counter()
+    folders: Sequence[Path | None] = factors or [None] * len(models)
+    while (index := round(tickets.add(1)) - 1) < len(models):
+        try:
+            yield (
+                index,
+                _analyze_one(models[index], where, settings, World(), folders[index]),
+            )
+        except LmdError as error:
+            yield index, error
+
+
+def _analyze_all(
+    models: Sequence[str | Path],
+    where: dict[str, Any],
+    settings: Settings,
+    world: World,
+    factors: Sequence[Path] | None,
+) -> list[Report]:
+    shares = world.gather(dict(analyze_each(models, where, settings, world, factors=factors)))
+    outcomes = {index: outcome for share in shares for index, outcome in share.items()}
+    for index, model in enumerate(models):
+        if isinstance(error := outcomes[index], LmdError):
+            raise type(error)(f"{model}: {error}" if str(model) not in str(error) else str(error))
+    return [outcomes[index] for index in range(len(models))]  # type: ignore[misc]
 
 
 def plan(
@@ -126,9 +238,8 @@ def compare(
         matching = match(list_matrices(first), list_matrices(second), settings)
         planned = time.perf_counter()
         identities = background.submit(lambda: (with_hashes(first), with_hashes(second)))
-        with tqdm(total=100, desc="comparing", delay=QUIET_SECONDS, name="lmd_hf.compare", **_BAR) as bar:
-            advance = _advance(bar, matching.pairs)
-            changes = compare_all(matching, first, second, device=settings.device, progress=advance)
+        with _progress("comparing", matching.pairs, World()) as progress:
+            changes = compare_all(matching, first, second, device=settings.device, progress=progress)
         hashed = identities.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -143,16 +254,20 @@ def compare(
 _BAR = {"leave": False, "disable": None, "bar_format": "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"}
 
 
-def _ahead(source: Source, settings: Settings) -> AbstractContextManager[HeadStart | None]:
-    """The matrices that names alone reveal, under way. A live module needs none: its libraries are imported."""
-    if source.module is not None or source.updates or settings.metric != "identity":
+def _ahead(
+    source: Source, settings: Settings, world: World, journal: Journal
+) -> AbstractContextManager[HeadStart | None]:
+    """The matrices that names alone reveal, under way, where the plan waits for imports (a live module has them).
+    Several ranks have none, for no rank knows its share before the plan, nor do factors, which have names."""
+    live = source.module is not None or source.updates
+    if live or world.size > 1 or settings.rank > 0 or settings.metric != "identity" or names_tell_all(source):
         return nullcontext()
     try:
         early = make_plan(list_by_name(source), source.identity, settings)
         if isinstance(source, FileSource) and source.connection is not None:
             certain = tuple(index for index in early.shards[0] if _is_certain(early.works[index].ref))
             early = replace(early, shards=(certain,))
-        return head_start(early, source)
+        return head_start(early, source, journal)
     except SettingsError:  # names alone may miss what was selected; the final plan decides
         return nullcontext()
 
@@ -162,6 +277,27 @@ def _is_certain(ref: MatrixRef) -> bool:
     return ref.block != "" and ref.layer is not None and not ref.rows and ref.expert is None and len(ref.tensors) == 1
 
 
-def _advance(bar: tqdm, works: Iterable[Work | Pair]) -> Callable[[Work | Pair], None]:
+@contextmanager
+def _progress(what: str, works: Sequence[Work | Pair], world: World) -> Iterator[Callable[[Work | Pair], None]]:
+    """A bar over the work of all ranks, on rank 0; what it gives counts one work as done."""
     total = sum(work.flops for work in works) or 1.0
-    return lambda work: bar.update(100 * work.flops / total) and None
+    over = threading.Event()
+    done = world.counter()
+    hidden = None if world.rank == 0 else True  # None: where there is a terminal
+    with tqdm(total=100, desc=what, delay=QUIET_SECONDS, name="lmd_hf.analyze", **(_BAR | {"disable": hidden})) as bar:
+
+        def follow() -> None:
+            while not over.wait(REFRESH_SECONDS):
+                bar.update(100 * done.add(0) / total - bar.n)
+
+        follower = threading.Thread(target=follow if world.rank == 0 else over.wait, daemon=True)
+        follower.start()
+
+        def count(work: Work | Pair) -> None:
+            done.add(work.flops)
+
+        try:
+            yield count
+        finally:
+            over.set()
+            follower.join()

@@ -1,4 +1,4 @@
-"""The command line: `lmd-hf demo | plan | analyze | compare | card`. Torch is imported only once a command needs it."""
+"""The command line: `lmd-hf demo | plan | analyze | compare | card | cache`. Torch is imported by what needs it."""
 
 import argparse
 import contextlib
@@ -7,19 +7,23 @@ import errno
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lmd_hf import __version__
-from lmd_hf.errors import LmdError, OutputError, SourceError
+from lmd_hf.compat import rank
+from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
-INTERRUPTED = "lmd-hf: interrupted; nothing was written"
+INTERRUPTED = "lmd-hf: interrupted; nothing was written, finished matrices are kept for the next run"
 GRACE_SECONDS = 2.0
+FACTORS = "factors"  # the folder below --out
 
 
 def main() -> NoReturn:
@@ -54,6 +58,8 @@ def run(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
     except SystemExit as stopped:  # argparse has printed help, the version, or what is wrong with the usage
         return int(stopped.code or 0)
+    if rank() and options.run is not _analyze:  # several processes were started, and one is enough
+        return EXIT_DONE
     debug = os.environ.get("HF_DEBUG", "").upper() in ("1", "ON", "YES", "TRUE")
     try:
         options.run(options)
@@ -84,13 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="machine-readable output on stdout, all else on stderr")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no table")
-    model = argparse.ArgumentParser(add_help=False, parents=[common])
-    model.add_argument("model", metavar="MODEL", help="a Hub id, a folder in Hub layout or a weight file")
-    model.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    model.add_argument("--subfolder", default="", help="folder inside the repository or folder")
-    model.add_argument("--base", help="of a LoRA adapter: decompose this base with it added (auto: the one it names)")
-    for field in dataclasses.fields(_settings()):
-        _add_setting(model, field)
+    model, several = (argparse.ArgumentParser(add_help=False, parents=[common]) for _ in range(2))
+    named: dict[str, Any] = {"metavar": "MODEL", "help": "a Hub id, a folder in Hub layout or a weight file"}
+    model.add_argument("model", **named)
+    several.add_argument("model", nargs="+", **named)
+    for named_models in (model, several):
+        named_models.add_argument("--revision", help="branch, tag or commit of a Hub id")
+        named_models.add_argument("--subfolder", default="", help="folder inside the repository or folder")
+        named_models.add_argument(
+            "--base", help="of a LoRA adapter: decompose this base with it added (auto: the one it names)"
+        )
+        for field in dataclasses.fields(_settings()):
+            _add_setting(named_models, field)
     written = argparse.ArgumentParser(add_help=False)
     written.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.json, matrices.parquet and figures there"
@@ -103,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     fetched = argparse.ArgumentParser(add_help=False)
     fetched.add_argument("--download", action="store_true", help="keep whole weight files in the Hub's cache")
     analyze = commands.add_parser(
-        "analyze", parents=[model, fetched, written], help="decompose every matrix of a model"
+        "analyze", parents=[several, fetched, written], help="decompose every matrix of a model, or of several"
     )
     analyze.set_defaults(run=_analyze)
     compare = commands.add_parser("compare", parents=[common], help="what changed from one model to another")
@@ -116,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
     )
+    cache = commands.add_parser("cache", parents=[common], help="spectra kept from earlier runs: list or clear them")
+    cache.add_argument("action", choices=("list", "clear"))
+    cache.add_argument("model", nargs="?", default="", metavar="MODEL", help="clear only this model's")
+    cache.set_defaults(run=_cache)
     card = commands.add_parser(
         "card", parents=[model, fetched], help="the model-card section, of a model, a report.json or a compare.json"
     )
@@ -142,7 +157,7 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
         choices=field.metadata.get("choices"),
         type=_comma_list if is_list else type(field.default),
         metavar=None if "choices" in field.metadata else field.name.upper(),
-        help=f"{field.metadata['help']} (default: {field.default or 'all'})",
+        help=f"{field.metadata['help']} (default: {'all' if field.default in ('', ()) else field.default})",
     )
 
 
@@ -165,27 +180,79 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    if options.out is not None:
-        _check_out(options.out)
+    from lmd_hf.run.world import join
+
     _begin(options)
-    _finish(_run_analysis(options), options)
+    world = join(options.device)
+    if options.rank > 0 and options.out is None:
+        raise SettingsError("--rank writes factors, and needs a folder for them: give --out DIR")
+    if options.out is not None:
+        world.together(lambda: _check_out(options.out))
+    if len(options.model) > 1:
+        _analyze_several(options, world)
+    else:
+        factors = options.out / FACTORS if options.rank > 0 else None
+        report = _run_analysis(options, options.model[0], world=world, factors=factors)
+        if world.rank == 0:
+            _finish(report, options)
+    world.leave()
 
 
-def _run_analysis(options: argparse.Namespace) -> Any:
+def _run_analysis(options: argparse.Namespace, model: str, **shared: Any) -> Any:
     from lmd_hf.api import analyze
 
-    where = {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base")}
-    return analyze(options.model, **where, **_chosen_settings(options))
+    return analyze(model, **_where(options), **_chosen_settings(options), **shared)
+
+
+def _where(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base")}
+
+
+def _analyze_several(options: argparse.Namespace, world: Any) -> None:
+    """Every model into a folder of its own below --out, as soon as it is done; one that fails stops no other."""
+    from lmd_hf.api import analyze_each
+    from lmd_hf.records import Settings
+    from lmd_hf.report.report import Report
+
+    mine = {}
+    where = {**_where(options), "token": None}
+    folders = [options.out and options.out / re.sub(r"[^\w.-]+", "--", name).strip(".-") for name in options.model]
+    factors = [folder / FACTORS for folder in folders] if options.rank > 0 else None
+    settings = Settings(**_chosen_settings(options))
+    for index, outcome in analyze_each(options.model, where, settings, world, factors=factors):
+        if isinstance(outcome, Report) and options.out is not None:
+            _write_report(folders[index], outcome)
+        mine[index] = outcome
+    shares = world.gather(mine)
+    if world.rank > 0:
+        return
+    done = {index: outcome for share in shares for index, outcome in share.items()}
+    failed = [f"{options.model[i]}: {error}" for i, error in sorted(done.items()) if isinstance(error, LmdError)]
+    reports = [(options.model[i], report) for i, report in sorted(done.items()) if isinstance(report, Report)]
+    if options.json:
+        print(json.dumps([report.to_dict() for _, report in reports], indent=1, ensure_ascii=False))
+    elif not options.quiet:
+        print("\n\n".join(f"{name}\n{report.summary()}" for name, report in reports))
+    for line in failed:
+        _say(f"lmd-hf: {line}")
+    if failed:
+        raise SourceError(f"{len(failed)} of {len(done)} models failed; the others are done")
+    for _, report in reports:
+        _check_complete(report)
 
 
 def _finish(report: Any, options: argparse.Namespace) -> None:
     """Write the files if a folder was named, then print the report."""
     if options.out is not None:
-        from lmd_hf.report.files import report_writers
-        from lmd_hf.report.plots import figures
-
-        _write(options.out, report, report_writers(report), figures(report))
+        _write_report(options.out, report)
     _show(report, options)
+
+
+def _write_report(folder: Path, report: Any) -> None:
+    from lmd_hf.report.files import report_writers
+    from lmd_hf.report.plots import figures
+
+    _write(folder, report, report_writers(report), figures(report))
 
 
 def _write(folder: Path, report: Any, writers: dict[str, Any], figures: dict[str, Any]) -> None:
@@ -254,10 +321,27 @@ def _card(options: argparse.Namespace) -> None:
     from lmd_hf.report.files import read_saved
 
     _begin(options)
-    report = read_saved(Path(options.model)) or _run_analysis(options)
+    report = read_saved(Path(options.model)) or _run_analysis(options, options.model)
     text = report.card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
     _check_complete(report)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from lmd_hf.run.journal import clear_kept, list_kept
+
+    if options.action == "list" and options.model:
+        raise SettingsError("`cache list` lists every model; leave out MODEL")
+    kept = list_kept() if options.action == "list" else clear_kept(options.model)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in kept], indent=1))
+        return
+    for entry in kept:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed))
+        print(f"{entry.model}  {entry.matrices} matrices  {entry.bytes / 1e6:.1f} MB  {when}")
+    if not options.quiet:
+        verb = "kept" if options.action == "list" else "removed"
+        _say(f"{sum(entry.bytes for entry in kept) / 1e6:.1f} MB of {len(kept)} models {verb}")
 
 
 def _check_out(folder: Path) -> None:
@@ -273,7 +357,8 @@ def _begin(options: argparse.Namespace) -> None:
     """Say that work has begun (importing torch and transformers alone takes seconds), or silence every bar."""
     if not options.quiet:
         if sys.stderr.isatty():
-            _say(f"lmd-hf: reading {getattr(options, 'model', getattr(options, 'tuned', 'the embedded model'))} …")
+            named = getattr(options, "model", getattr(options, "tuned", "the embedded model"))
+            _say(f"lmd-hf: reading {named if isinstance(named, str) else ', '.join(named)} …")
         return
     from huggingface_hub.utils import disable_progress_bars
 
@@ -281,5 +366,6 @@ def _begin(options: argparse.Namespace) -> None:
 
 
 def _say(text: str, code: int = EXIT_DONE) -> int:
-    print(text, file=sys.stderr)
+    if rank() == 0:  # of several processes one speaks: what goes wrong on one rank ends them all, and rank 0 says it
+        print(text, file=sys.stderr)
     return code

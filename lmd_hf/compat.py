@@ -1,5 +1,6 @@
 """The one place for feature detection: what differs between versions of Python and of our packages."""
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Target", "checkpoint_key_map", "redirect_errors", "resolve_commit", "tomllib", "unreachable_errors"]
+__all__ = [
+    "Target",
+    "checkpoint_key_map",
+    "local_processes",
+    "local_rank",
+    "rank",
+    "redirect_errors",
+    "resolve_commit",
+    "tomllib",
+    "unreachable_errors",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,21 @@ class Target:
     name: str
     converted: bool = False
     pieces: tuple[str, ...] = ()
+
+
+def rank() -> int:
+    """The rank that torchrun or `accelerate launch` gave this process; 0 for a process by itself."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_processes() -> int:
+    """How many processes of this run share this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def checkpoint_key_map(model: Any, names: list[str]) -> dict[str, Target]:

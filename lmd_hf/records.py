@@ -179,6 +179,9 @@ class Settings:
     roles: tuple[str, ...] = field(default=(), metadata={"help": "only these roles, such as q,k,down"})
     layers: str = field(default="", metadata={"help": "only these layers, such as 0-3,-1 (-1 is the last)"})
     match: str = field(default="", metadata={"help": "only tensors whose name fits this glob"})
+    rank: int = field(
+        default=0, metadata={"help": "write so many leading axes of every matrix as factors too, below --out"}
+    )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one"})
 
 

@@ -21,6 +21,17 @@ os.environ.update(
 os.environ.pop("HF_TOKEN", None)
 
 
+@pytest.fixture(autouse=True)
+def no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test finds the spectra that another has left in the cache; returns where its own go."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "assets"
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def hub() -> hub_server.Hub:
     """The running Hub, empty."""

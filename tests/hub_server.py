@@ -46,9 +46,9 @@ class Repo:
 
 @dataclass
 class Hub:
-    """A running server. `requests` are (method, path, range), `sent` counts the bytes of files that left it, `first` is
-    the time of the first byte of a weight file. `latency` is in seconds a request, `bandwidth` in bytes a second, for
-    all connections together."""
+    """A running server. `requests` are (method, path, range), `sent` counts the bytes of files that left it, `first`
+    and `last` are the times of a weight file's first byte and of any file's last one. `latency` is in seconds a
+    request, `bandwidth` in bytes a second, for all connections together."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     token: str = "hf_test_token"
@@ -61,6 +61,7 @@ class Hub:
     faults: list[str] = field(default_factory=list)
     always: str = ""
     first: float = 0
+    last: float = 0
     free_at: float = 0  # when the line has sent what it was given
     hashes: dict[int, tuple[bytes, str]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -248,6 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         for start in range(0, len(data), 2**16):
             self.hub.pace(len(data[start : start + 2**16]))
             self.wfile.write(data[start : start + 2**16])
+        self.hub.last = time.time()
 
     def _json(self, value: object) -> None:
         data = json.dumps(value).encode()

@@ -5,7 +5,7 @@ factors; their construction for a pair of metrics is this project's (README, "Th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import BLOCK
 from lmd_hf.matrix.krylov import krylov
 from lmd_hf.matrix.metrics import Metric, column_signs, identity
+from lmd_hf.records import Factored
 
 
 SKETCHED = 1e-3  # relative residual of every triplet of a sketch
@@ -125,6 +126,20 @@ def decompose(
         m_x.regularisation,
         m_y.regularisation,
     )
+
+
+def decompose_product(product: Factored, *, rank: int | None = None) -> LMD:
+    """Factor s · L · R of thin factors, L (O × r) and R (r × I), which is never multiplied out; identity metrics.
+
+    With L = Q₁A and Rᵀ = Q₂B by QR, the SVD of s·A·Bᵀ (r × r) gives U and V as Q₁ and Q₂ times its own; the rest is as
+    in `decompose`. Raises `ValueError` for a rank outside 1…r, NaN or infinity.
+    """
+    left_OR, right_IR = product.left.to(torch.float64), product.right.to(torch.float64).T
+    (q_left, a), (q_right, b) = torch.linalg.qr(left_OR), torch.linalg.qr(right_IR)
+    small = decompose(product.scale * a @ b.T, rank=rank)
+    u_OK, v_IK = q_left @ small.u, q_right @ small.v
+    signs = column_signs(u_OK)
+    return replace(small, u=u_OK * signs, v=v_IK * signs)
 
 
 Factors = tuple[Tensor, Tensor, Tensor, float]  # P (O × K), S' (K), Q (I × K), ‖C − P·S'·Qᵀ‖_F

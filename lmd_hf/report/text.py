@@ -32,10 +32,12 @@ COLUMNS = (
 
 def summary(report: "Report") -> str:
     """Coverage, key figures by role, findings and convergence."""
+    reused = report.environment.get("reused", 0)
     lines = [
         f"{report.model.id}{f' @ {report.model.commit[:12]}' if report.model.commit else ''}",
         coverage_line(report.coverage),
         *(f"note: {note}" for note in report.coverage.notes),
+        *([f"{reused:,} spectra from an earlier run (`lmd-hf cache clear` removes them)"] if reused else []),
         *filter(None, (kernels_line(report.matrices),)),
         "",
         tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),

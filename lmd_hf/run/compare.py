@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.change import Drift, Side, Update, measure_change
 from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
 from lmd_hf.run.execute import environment
+from lmd_hf.run.read_ahead import READERS, ReadAhead, reading_pairs
 from lmd_hf.run.workers import count_workers, pick_device, worker_pool
 from lmd_hf.weights.lora import multiplied
 from lmd_hf.weights.source import Source
@@ -41,13 +42,14 @@ def compare_all(
     pairs = matching.pairs
     workers = count_workers([pair.bytes for pair in pairs], where)
     outcomes: dict[int, MatrixChange | Unmatched] = {}
-    with worker_pool(workers, len(pairs)) as pool:
-        order = sorted(range(len(pairs)), key=lambda index: -pairs[index].flops)
-        futures = {pool.submit(_compare_pair, pairs[index], base, tuned, where): index for index in order}
+    places = {pair: index for index, pair in enumerate(pairs)}
+    order = sorted(pairs, key=lambda pair: -pair.flops)
+    with worker_pool(workers, len(pairs)) as pool, reading_pairs(base, tuned, order) as reads:
+        futures = {pool.submit(_compare_ahead, pair, *reads, where): pair for pair in reads[0].works}
         for future in as_completed(futures):
-            outcomes[futures[future]] = future.result()
+            outcomes[places[futures[future]]] = future.result()
             if progress is not None:
-                progress(pairs[futures[future]])
+                progress(futures[future])
     vectors = _compare_vectors(matching.vectors, base, tuned)
     ordered = [*(outcomes[index] for index in sorted(outcomes)), *vectors]
     return Changes(
@@ -57,6 +59,11 @@ def compare_all(
         environment=environment(where, workers, base, tuned),
         timing={"compare": time.perf_counter() - started},
     )
+
+
+def _compare_ahead(pair: Pair, base: ReadAhead, tuned: ReadAhead, device: torch.device) -> MatrixChange | Unmatched:
+    with base.taking(pair), tuned.taking(pair):
+        return _compare_pair(pair, base, tuned, device)
 
 
 def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device) -> MatrixChange | Unmatched:
@@ -144,7 +151,8 @@ def _tokens(ref: MatrixRef) -> int:
 
 def _compare_vectors(names: tuple[tuple[str, str], ...], base: Source, tuned: Source) -> list[VectorChange | Unmatched]:
     ours, theirs = ({tensor.name: tensor for tensor in source.tensors} for source in (base, tuned))
-    return [_compare_vector(ours[a], theirs[b], base, tuned) for a, b in names]
+    with ThreadPoolExecutor(READERS) as pool:  # each is a round trip or two where the files are far away
+        return list(pool.map(lambda pair: _compare_vector(ours[pair[0]], theirs[pair[1]], base, tuned), names))
 
 
 def _compare_vector(a: TensorRef, b: TensorRef, base: Source, tuned: Source) -> VectorChange | Unmatched:

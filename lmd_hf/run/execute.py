@@ -5,24 +5,29 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
-from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
-from lmd_hf.run.measure import measure, spectrum_for, to_row
+from lmd_hf.run.factors import is_written, write_factors
+from lmd_hf.run.journal import Journal, Keys, content_key, place_key
+from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
 from lmd_hf.run.workers import pick_device, worker_count, worker_pool
+from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.source import FileSource, Source
-from lmd_hf.weights.stored import Rounding, Stored, read_stored
+from lmd_hf.weights.stored import Stored, read_stored
 
 
 Outcome = MatrixReport | tuple[Skipped, ...] | Alias
-Begun = Future[tuple[Spectrum, Rounding]]
+Begun = Future[Spectra]
 
 
 @dataclass(frozen=True)
@@ -42,55 +47,97 @@ class HeadStart:
 
 
 @contextmanager
-def head_start(plan: Plan, source: Source) -> Iterator[HeadStart]:
+def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadStart]:
     """Spectra of a provisional plan, computed in the background until `execute` takes over with the final one.
 
     A spectrum depends on which entries of a stored tensor form the matrix, not on role or orientation, so what was
     planned from names alone stays valid wherever the final plan cuts the same matrix.
     """
-    device = pick_device(plan.settings.device)
-    works = [plan.works[index] for index in plan.shards[0]]
-    with worker_pool(worker_count(works, device, source), len(works)) as pool, reading_ahead(source, works) as reads:
-        yield HeadStart({_entries(w.ref): (w, pool.submit(_spectrum, reads, w, device)) for w in reads.works}, reads)
+    bench = Bench(plan, source, Output(journal), pick_device(plan.settings.device))
+    works = [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
+    workers = worker_count(works, bench.device, source)
+    with worker_pool(workers, len(works)) as pool, reading_ahead(source, works) as reads:
+        yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written when a matrix is finished: its spectrum, and its factors where there is a folder for them."""
+
+    journal: Journal = field(default_factory=Journal)
+    factors: Path | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has done: outcomes by their place in the plan, and what it cost."""
+
+    outcomes: dict[int, Outcome]
+    reused: int
+    bytes_fetched: int
+    files_touched: frozenset[str]
 
 
 def execute(
     plan: Plan,
     source: Source,
     *,
-    rank: int = 0,
+    world: World | None = None,
+    output: Output | None = None,
     ahead: HeadStart | None = None,
     progress: Callable[[Work], None] | None = None,
 ) -> Results:
-    """Decompose this rank's share of a plan, most expensive matrix first, and return rows in the plan's order.
+    """Decompose this rank's share of a plan, most expensive matrix first, gather the others' and return rows in the
+    plan's order; on every rank the same.
 
     On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
-    matrix that cannot be done becomes `Skipped`; the others go on. `ahead` holds what a head start has done or is
-    doing. `progress` is called, in this thread, after each matrix.
+    matrix that cannot be done becomes `Skipped`; the others go on. What the journal of `output` holds is not computed
+    again, nor read where its file's hash is known; `ahead` holds what a head start has done or is doing.
+    `progress` is called, in this thread, after each matrix.
     """
     started = time.perf_counter()
-    spectra = ahead.take_over() if ahead is not None else {}
-    device = pick_device(plan.settings.device)
-    places = {plan.works[index]: index for index in plan.shards[rank]}
-    works = [work for work in places if _entries(work.ref) not in spectra]
-    workers = worker_count(list(places), device, source)
+    world = world or World()
+    bench = Bench(plan, source, output or Output(), pick_device(plan.settings.device))
+    indices = plan.shards[world.rank]
+    share = world.together(lambda: _do(bench, indices, ahead.take_over() if ahead is not None else {}, progress))
+    workers = worker_count([plan.works[index] for index in indices], bench.device, source)
+    return _results(world.gather(share), environment(bench.device, workers, source), started)
+
+
+def _do(
+    bench: "Bench", indices: tuple[int, ...], begun: dict[Any, Begun], progress: Callable[[Work], None] | None
+) -> Share:
+    places = {bench.plan.works[index]: index for index in indices}
+    ready = {work for work in places if _entries(work.ref) in begun or bench.is_finished(work)}
+    works = [work for work in places if work not in ready]
     outcomes: dict[int, Outcome] = {}
-    with worker_pool(workers, len(places)) as pool, reading_ahead(source, works) as reads:
-        done = [work for work in places if _entries(work.ref) in spectra]
+    workers = worker_count(list(places), bench.device, bench.source)
+    with worker_pool(workers, len(places)) as pool, reading_ahead(bench.source, works) as reads:
         futures = {
-            pool.submit(_do, reads, plan, work, device, spectra.get(_entries(work.ref))): work
-            for work in (*done, *reads.works)
+            pool.submit(bench.outcome, reads, work, begun.get(_entries(work.ref))): work
+            for work in (*(work for work in places if work in ready), *reads.works)
         }
         for future in as_completed(futures):
             outcomes[places[futures[future]]] = future.result()
             if progress is not None:
                 progress(futures[future])
+    link = bench.source.connection if isinstance(bench.source, FileSource) else None
+    fetched, touched = (link.bytes_fetched, frozenset(link.files_touched)) if link is not None else (0, frozenset())
+    return Share(outcomes, bench.output.journal.reused, fetched, touched)
+
+
+def _results(shares: list[Share], here: dict[str, Any], started: float) -> Results:
+    outcomes = {index: outcome for share in shares for index, outcome in share.outcomes.items()}
     ordered = [outcomes[index] for index in sorted(outcomes)]
+    totals: dict[str, Any] = {"processes": len(shares), "reused": sum(share.reused for share in shares)}
+    if "bytes_fetched" in here:
+        totals["bytes_fetched"] = sum(share.bytes_fetched for share in shares)
+        totals["files_touched"] = len(frozenset().union(*(share.files_touched for share in shares)))
     return Results(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
         skipped=tuple(piece for o in ordered if isinstance(o, tuple) for piece in o),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
-        environment=environment(device, workers, source),
+        environment=here | totals,
         timing={"execute": time.perf_counter() - started},
     )
 
@@ -100,58 +147,104 @@ def _entries(ref: MatrixRef) -> tuple[Any, ...]:
     return ref.tensors, ref.stored, ref.expert, ref.rows, ref.low_rank
 
 
-def _spectrum(reads: ReadAhead, work: Work, device: torch.device) -> tuple[Spectrum, Rounding]:
-    with reads.taking(work):
-        stored = read_stored(reads, work.ref)
-        return spectrum_for(work, _moved(stored, device).matrix), stored.rounding
+@dataclass(frozen=True)
+class Bench:
+    """Where one matrix is worked on: read, compared with the journal, decomposed, journalled."""
+
+    plan: Plan
+    source: Source
+    output: Output
+    device: torch.device
+
+    @cached_property
+    def _hashes(self) -> dict[str, str | None]:
+        return {file.name: file.sha256 for file in self.source.identity.files}
+
+    def place(self, work: Work) -> str:
+        """The journal's key of a matrix that has not been read."""
+        return place_key(work.ref, self._hashes, self.plan.settings.metric, procedure(work), self.device)
+
+    def is_finished(self, work: Work) -> bool:
+        """Whether the journal holds it for sure. Of a matrix that may repeat another, only reading tells."""
+        place = self.place(work)
+        return work.ref.tied_to is None and self.output.journal.has(place) and self._has_factors(work.ref, place)
+
+    def spectra(self, reads: ReadAhead, work: Work) -> Spectra:
+        """Of one matrix, which is read for it."""
+        with reads.taking(work):
+            return self._decomposed(reads, work, read_stored(reads, work.ref))
+
+    def outcome(self, reads: ReadAhead, work: Work, begun: Begun | None) -> Outcome:
+        """The row of one matrix, or why there is none; `begun` holds its spectra where a head start has them."""
+        ref = work.ref
+        if begun is not None and ref.tied_to is None and self._is_identity() and begun.exception() is None:
+            return to_row(ref, begun.result(), kernel=work.kernel)
+        if self.is_finished(work) and (kept := self.output.journal.find(self.place(work))):
+            return to_row(ref, kept, kernel=work.kernel)
+        try:
+            with reads.taking(work):
+                return self._measured(reads, work, read_stored(reads, ref))
+        except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
+            return _skipped(ref, str(error))
+        except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
+            return _skipped(ref, f"{UNREAD}: {error}")
+
+    def _is_identity(self) -> bool:
+        return self.plan.settings.metric == "identity"
+
+    def _measured(self, reads: ReadAhead, work: Work, stored: Stored) -> Outcome:
+        ref, w = work.ref, stored.matrix
+        if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(reads, ref, w.device)):
+            return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
+        try:
+            return to_row(ref, self._decomposed(reads, work, stored), kernel=work.kernel)
+        except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
+            if isinstance(w, Factored):
+                return _skipped(ref, str(error))
+            bad = int(w.numel() - torch.isfinite(w).sum().item())
+            part = f"{ref.part}: " if ref.part else ""
+            return _skipped(ref, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
+
+    def _decomposed(self, reads: ReadAhead, work: Work, stored: Stored) -> Spectra:
+        gain = read_metric(reads, work.ref, self.plan.settings.metric)
+        journal = self.output.journal
+        if journal.folder is None and self.output.factors is None:
+            return measure(work, _moved(stored, self.device), gain)
+        keys = Keys(content_key(work.ref, stored, gain, procedure(work), self.device), self.place(work))
+        spectra = journal.find(keys.content)
+        if spectra is None:
+            spectra = measure(work, _moved(stored, self.device), gain)
+            journal.add(keys, spectra)
+        self._write_factors(work.ref, _moved(stored, self.device), gain, keys)
+        return spectra
+
+    def _has_factors(self, ref: MatrixRef, key: str) -> bool:
+        folder, rank = self.output.factors, self.plan.settings.rank
+        return folder is None or is_written(folder, ref, rank, key)
+
+    def _write_factors(self, ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, keys: Keys) -> None:
+        if self.output.factors is not None and not self._has_factors(ref, keys.content):
+            rank, told = self.plan.settings.rank, (keys.content, keys.place)
+            write_factors(self.output.factors, ref, stored, gain, rank=rank, keys=told)
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:
     return stored if isinstance(stored.matrix, Factored) else replace(stored, matrix=stored.matrix.to(device))
 
 
-def _do(reads: ReadAhead, plan: Plan, work: Work, device: torch.device, begun: Begun | None) -> Outcome:
-    ref = work.ref
-    if begun is not None and ref.tied_to is None and plan.settings.metric == "identity" and begun.exception() is None:
-        return to_row(ref, *begun.result(), kernel=work.kernel)
-    try:
-        with reads.taking(work):
-            return _measured(reads, plan, work, read_stored(reads, ref), device)
-    except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
-        return _skipped(ref, str(error))
-    except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
-        return _skipped(ref, f"{UNREAD}: {error}")
-
-
 def _skipped(ref: MatrixRef, reason: str) -> tuple[Skipped, ...]:
     return tuple(Skipped(name, shape, reason) for name, shape in pieces(ref))
 
 
-def _measured(source: Source, plan: Plan, work: Work, stored: Stored, device: torch.device) -> Outcome:
-    ref, w = work.ref, stored.matrix
-    if ref.tied_to is not None and isinstance(w, torch.Tensor) and torch.equal(w, _repeated(source, plan, ref)):
-        return Alias(ref.name, ref.tied_to, ref.shape, stored=True)
-    try:
-        return measure(source, work, _moved(stored, device), metric=plan.settings.metric)
-    except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
-        if isinstance(w, Factored):
-            return _skipped(ref, str(error))
-        bad = int(w.numel() - torch.isfinite(w).sum().item())
-        part = f"{ref.part}: " if ref.part else ""
-        return _skipped(ref, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
-
-
-def _repeated(source: Source, plan: Plan, ref: MatrixRef) -> torch.Tensor:
+def _repeated(source: Source, ref: MatrixRef, device: torch.device) -> torch.Tensor:
     """The matrix that `ref` is tied to, in the orientation of `ref`."""
     of = next(tensor for tensor in source.tensors if tensor.name == ref.tied_to)
-    value = source.read(of)
+    value = source.read(of).to(device)
     return value.T if ref.transposed else value
 
 
 def environment(device: torch.device, workers: int, *sources: Source) -> dict[str, Any]:
     """What ran the work: versions, device and threads, and what was fetched from the Hub."""
-    import transformers
-
     links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
     fetched = {
         "bytes_fetched": sum(link.bytes_fetched for link in links),
@@ -160,7 +253,7 @@ def environment(device: torch.device, workers: int, *sources: Source) -> dict[st
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),  # importing it would take seconds
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,

@@ -1,11 +1,15 @@
 """All numbers of one matrix: the only place where `weights` and `matrix` meet."""
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from lmd_hf.matrix import capacity, dimension, noise
 from lmd_hf.matrix.kernels import spectrum_of
@@ -16,43 +20,65 @@ from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Rounding, Stored, read_gain
 
 
+# the usual ones under transformers' names, whose own module imports for a second
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+}
 NOISE = ("mp_edge", "mp_spikes", "mp_spikes_99", "mp_fit_distance")
 Numbers = dict[str, Any]
 
 
-def measure(source: Source, work: Work, stored: Stored, *, metric: str) -> MatrixReport:
-    """Spectrum and every number of theory for W, in the metric asked for (`identity` where no norm feeds W)."""
-    ref, w_OI = work.ref, stored.matrix
-    spectrum = raw = spectrum_for(work, w_OI)
-    used = "identity"
-    if metric == "norm" and ref.norm is not None and not isinstance(w_OI, Factored):
-        gain = norm(read_gain(source, ref.norm).to(w_OI.device))
-        spectrum = spectrum_for(work, gain.power_times(0.5, w_OI.to(torch.float64).T).T)
-        used = "norm"
-    return to_row(ref, spectrum, stored.rounding, raw, metric=used, kernel=work.kernel)
+@dataclass(frozen=True)
+class Spectra:
+    """What is computed of one matrix: σ(W), S' in the metric asked for where that is another, and how coarsely W was
+    stored."""
+
+    raw: Spectrum
+    used: Spectrum | None
+    rounding: Rounding
 
 
-def spectrum_for(work: Work, w: torch.Tensor | Factored) -> Spectrum:
-    """The spectrum by the planned kernel; a sketch is seeded by which entries the matrix has, so that neither order nor
-    number of processes matters."""
+def read_metric(source: Source, ref: MatrixRef, metric: str) -> torch.Tensor | None:
+    """The gain γ whose metric is asked for; `None` where that is the identity, or no norm feeds the matrix."""
+    plain = metric == "identity" or ref.norm is None or ref.stored == "lora"
+    return None if plain or ref.norm is None else read_gain(source, ref.norm)
+
+
+def procedure(work: Work) -> str:
+    """What decides, beside its entries, how the spectrum of a matrix comes out: the kernel and, of a sketch, its
+    tolerance and seed. The seed is drawn from which entries the matrix has, so that neither the order nor the number of
+    processes matters."""
+    if work.kernel != "sketch":
+        return work.kernel
+    return f"{work.kernel} {work.tolerance!r} {work.ref.name}|{work.ref.expert}|{work.ref.rows}"
+
+
+def measure(work: Work, stored: Stored, gain: torch.Tensor | None) -> Spectra:
+    """The spectra of W, by the planned kernel. Raises `ValueError` for NaN and infinity, in W or in the gain."""
+    w_OI = stored.matrix
+    raw = _spectrum(work, w_OI)
+    if gain is None or isinstance(w_OI, Factored):
+        return Spectra(raw, None, stored.rounding)
+    scaled = norm(gain.to(w_OI.device)).power_times(0.5, w_OI.to(torch.float64).T).T
+    return Spectra(raw, _spectrum(work, scaled), stored.rounding)
+
+
+def _spectrum(work: Work, w: torch.Tensor | Factored) -> Spectrum:
     if work.kernel != "sketch":
         return spectrum_of(w, work.kernel)
-    ref = work.ref
-    digest = hashlib.sha256(f"{ref.name}|{ref.expert}|{ref.rows}".encode()).digest()
-    return spectrum_of(w, work.kernel, seed=int.from_bytes(digest[:8], "big"), tolerance=work.tolerance)
+    seed = int.from_bytes(hashlib.sha256(procedure(work).encode()).digest()[:8], "big")
+    return spectrum_of(w, work.kernel, seed=seed, tolerance=work.tolerance)
 
 
-def to_row(
-    ref: MatrixRef,
-    spectrum: Spectrum,
-    rounding: Rounding,
-    raw: Spectrum | None = None,
-    *,
-    metric: str = "identity",
-    kernel: str,
-) -> MatrixReport:
-    """Every number of theory for a matrix, from its spectrum in a metric and `raw`, that of W, where it is another."""
-    raw = raw or spectrum
+def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
+    """Every number of theory for a matrix, from its spectra."""
+    spectrum, raw, rounding = spectra.used or spectra.raw, spectra.raw, spectra.rounding
+    metric = "identity" if spectra.used is None else "norm"
     s = spectrum.values.numpy()
     s.flags.writeable = False
     degree, effective = _degrees(ref.activation if ref.block in ("mlp", "moe") else None, ref.gated)
@@ -163,9 +189,15 @@ def _degrees(activation: str | None, gated: bool) -> tuple[int, float | None]:
     """(energy degree, effective degree) of an MLP's activation; those of the classical network elsewhere."""
     if activation is None:
         return capacity.energy_degree(None), None
+    function = ACTIVATIONS.get(activation) or _imported(activation)
+    if function is None:
+        return capacity.energy_degree(None), None
+    return capacity.energy_degree(function, gated=gated), capacity.effective_degree(function)
+
+
+def _imported(activation: str) -> Callable[[Tensor], Tensor] | None:
     from transformers.activations import ACT2FN
 
     if activation not in ACT2FN:
-        return capacity.energy_degree(None), None
-    function = ACT2FN[activation]
-    return capacity.energy_degree(function, gated=gated), capacity.effective_degree(function)
+        return None
+    return ACT2FN[activation]  # not `get`: looking up makes the function

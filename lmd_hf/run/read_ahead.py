@@ -3,14 +3,16 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from lmd_hf.changes import Pair
 from lmd_hf.records import MatrixRef, TensorRef, Work
 from lmd_hf.weights.source import Source
 
@@ -64,23 +66,21 @@ class ReadAhead:
     """A source whose reads begin before they are asked for: in the order of `works`, which puts those together that
     share what they read, and no more than `ROOM` bytes ahead of the works that were taken up. What is read is let go
     when the last work that needs it is done.
+
+    `refs` tells the matrix that each work reads of this source. Works must be taken up in the order of `works`.
     """
 
-    def __init__(self, source: Source, works: Sequence[Work]) -> None:
+    def __init__(self, source: Source, refs: Mapping[Any, MatrixRef]) -> None:
         self.identity, self.config, self.module = source.identity, source.config, source.module
         self.tensors, self.shared, self.notes = source.tensors, source.shared, source.notes
         self.updates = source.updates
         self._source = source
         self._homes: dict[TensorRef, list[Span]] = {}
-        for span in merged(span for work in works for span in spans(work.ref)):
+        for span in merged(span for ref in refs.values() for span in spans(ref)):
             self._homes.setdefault(span.tensor, []).append(span)
-        self._needs = {work: {home for span in spans(work.ref) if (home := self._home(span))} for work in works}
-        first: dict[Span, int] = {}
-        for place, work in enumerate(works):
-            for need in self._needs[work]:
-                first.setdefault(need, place)
-        self.works = sorted(works, key=lambda work: min((first[need] for need in self._needs[work]), default=0))
-        self._users = Counter(need for needs in self._needs.values() for need in needs)
+        self.needs = {work: {home for span in spans(ref) if (home := self._home(span))} for work, ref in refs.items()}
+        self.works = gathered(self.needs)
+        self._users = Counter(need for needs in self.needs.values() for need in needs)
         self._reads: dict[Span, Future[Tensor]] = {}
         self._ahead: set[Span] = set()  # begun for works that nobody has taken up yet
         self._taken: set[Span] = set()
@@ -102,9 +102,9 @@ class ReadAhead:
         return future.result()[span.start - home.start : span.stop - home.start]
 
     @contextmanager
-    def taking(self, work: Work) -> Iterator[None]:
+    def taking(self, work: Any) -> Iterator[None]:
         """Take a work up: its reads are no longer ahead, and are let go of afterwards."""
-        needs = self._needs.get(work, set())
+        needs = self.needs.get(work, set())
         with self._change:
             self._taken |= needs
             self._ahead -= needs
@@ -119,9 +119,9 @@ class ReadAhead:
                     if not self._users[need]:
                         self._reads.pop(need, None)
 
-    def begun(self, work: Work) -> bool:
+    def begun(self, work: Any) -> bool:
         """Whether every byte of a work has arrived or is on its way."""
-        return self._needs[work] <= self._reads.keys()
+        return self.needs[work] <= self._reads.keys()
 
     def close(self) -> None:
         """Begin no further read."""
@@ -131,7 +131,7 @@ class ReadAhead:
 
     def feed(self, pool: ThreadPoolExecutor) -> None:
         """Begin every read, in order, each as soon as there is room."""
-        for span in dict.fromkeys(need for work in self.works for need in self._needs[work]):
+        for span in dict.fromkeys(need for work in self.works for need in self.needs[work]):
             with self._change:
                 self._change.wait_for(partial(self._may_begin, span))
                 if self._closed:
@@ -147,14 +147,42 @@ class ReadAhead:
         return span.bytes + sum(ahead.bytes for ahead in self._ahead) <= ROOM
 
 
+def gathered(*needs: Mapping[Any, set[Span]]) -> list[Any]:
+    """The works in their order, but for those that need what an earlier one needs, in any of the sources: they follow
+    it."""
+    first: dict[tuple[int, Span], int] = {}
+    found: dict[Any, int] = {}
+    for place, work in enumerate(needs[0]):
+        wanted = [(side, need) for side, of in enumerate(needs) for need in of[work]]
+        for need in wanted:
+            first.setdefault(need, place)
+        found[work] = min((first[need] for need in wanted), default=0)
+    return sorted(found, key=lambda work: found[work])
+
+
 @contextmanager
 def reading_ahead(source: Source, works: Sequence[Work]) -> Iterator[ReadAhead]:
     """The works' reads, begun in the background until the block ends."""
-    reads = ReadAhead(source, works)
+    reads = ReadAhead(source, {work: work.ref for work in works})
+    with _feeding(reads):
+        yield reads
+
+
+@contextmanager
+def reading_pairs(base: Source, tuned: Source, pairs: Sequence[Pair]) -> Iterator[tuple[ReadAhead, ReadAhead]]:
+    """As `reading_ahead`, of two models at once, which have one order."""
+    left, right = ReadAhead(base, {p: p.base for p in pairs}), ReadAhead(tuned, {p: p.tuned for p in pairs})
+    left.works = right.works = gathered(left.needs, right.needs)
+    with _feeding(left), _feeding(right):
+        yield left, right
+
+
+@contextmanager
+def _feeding(reads: ReadAhead) -> Iterator[None]:
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="lmd_hf.read")
     threading.Thread(target=reads.feed, args=(pool,), daemon=True).start()
     try:
-        yield reads
+        yield
     finally:
         reads.close()
         pool.shutdown(wait=False, cancel_futures=True)

@@ -11,6 +11,7 @@ import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
+from lmd_hf.compat import local_processes, local_rank
 from lmd_hf.errors import SettingsError
 from lmd_hf.records import Work
 from lmd_hf.weights.source import FileSource, Source
@@ -24,11 +25,13 @@ MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is the accelerator if there is one that does float64, else the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:  # a rank's own; worker threads would all take the first
+            device = torch.device("cuda", local_rank() % torch.cuda.device_count())
         torch.empty(0, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
     return device
 
@@ -50,12 +53,14 @@ def count_workers(sizes: list[int], device: torch.device, limit: float = math.in
     `limit`; one on an accelerator."""
     if device.type != "cpu" or not sizes:
         return 1
-    room = min(psutil.virtual_memory().available * MEMORY_SHARE, limit)
+    room = min(psutil.virtual_memory().available * MEMORY_SHARE / local_processes(), limit)
     return min(_cores(), len(sizes), max(1, int(room // max(sizes))))
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that are this process's own: those it may run on, shared with the other ranks of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_processes())
 
 
 @contextmanager
@@ -65,9 +70,8 @@ def worker_pool(workers: int, matrices: int) -> Iterator[ThreadPoolExecutor]:
     BLAS gets more than one thread where matrices are fewer than cores, not where memory keeps workers few: LAPACK's
     eigenvalues of a 2,048 × 2,048 matrix took four to twelve times as long on two threads as on one.
     """
-    cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
-    limits = threadpool_limits(limits=max(1, cores // max(1, matrices)))
+    limits = threadpool_limits(limits=max(1, _cores() // max(1, matrices)))
     finished = False
     try:
         yield pool

@@ -62,11 +62,11 @@ def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module
     else:
         mapped = {weight.name: Target(weight.name) for weight in weights}
     if module is None:
-        places = _places_by_name(weights)
+        places = places_by_name(weights)
         return Tree(places, {}, Config(config), tuple(notes))
     values = _config_values(module, config)
     known = _known_parameters(module, Config(values))
-    by_name = _places_by_name(weights)
+    by_name = places_by_name(weights)
     ignored = [re.compile(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     places = {}
     for weight in weights:
@@ -103,6 +103,9 @@ def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | 
         notes.append("no config.json: roles and orientation are read from tensor names")
         return None
     model_type = config.get("model_type")
+    if model_type is None:
+        notes.append("its configuration names no model_type: roles and orientation are read from tensor names")
+        return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -215,7 +218,7 @@ def _ties(module: nn.Module, mapped: dict[str, Target]) -> dict[str, str]:
 # --- names alone -------------------------------------------------------------------------------------------------
 
 
-def _places_by_name(weights: tuple[Weight, ...]) -> dict[str, Place]:
+def places_by_name(weights: tuple[Weight, ...]) -> dict[str, Place]:
     """Places guessed from names and shapes; a bias beside a matrix tells which of its axes is the output."""
     shapes = {weight.name: weight.shape for weight in weights}
     transposed = _transposed_leaves(shapes)

@@ -15,6 +15,7 @@ _KEYS = {
     "fused": {"ends", "models", "when", "blocks", "order", "interleaved", "source"},
     "flat": {"ends", "models", "transposed", "source"},
     "norm": {"ends", "models", "when", "gain"},
+    "named": {"models", "also", "needs"},
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
 _TABLES = {"words", "facts", "stacks", "gguf_names", "gguf_types"}
@@ -44,6 +45,14 @@ class Fused:
     blocks: int | str
     order: tuple[str, ...]
     interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Names:
+    """The only names that a model type has, where they tell everything, and the keys that its config.json must hold."""
+
+    pattern: re.Pattern[str]
+    needs: tuple[str, ...]
 
 
 class Config:
@@ -83,7 +92,16 @@ def _table() -> dict[str, Any]:
             row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear|\.base_layer)?$")  # it may be wrapped
     for row in table["container"]:
         row["regex"] = re.compile(row["class"])
+    for row in table["named"]:
+        row["regex"] = re.compile(
+            f"{table['facts']['named']}|{row['also']}" if "also" in row else table["facts"]["named"]
+        )
     return table
+
+
+def load_table() -> None:
+    """Read the table now, so that the first question need not wait for it."""
+    _table()
 
 
 def check_table(table: dict[str, Any]) -> None:
@@ -140,6 +158,12 @@ def find_norm_paths(path: str, config: Config, places: dict[str, str]) -> list[s
         if all(name in places for name in wanted):
             filled.append(pattern.format(**places))
     return filled
+
+
+def find_names(model_type: str | None) -> Names | None:
+    """The names of a model type that tell everything; `None` where its modules have to be asked."""
+    row = next((row for row in _table()["named"] if model_type in row["models"]), None)
+    return Names(row["regex"], tuple(row["needs"])) if row else None
 
 
 def family_fact(key: str, config: Config) -> Any:

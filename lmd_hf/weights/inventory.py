@@ -21,6 +21,7 @@ from lmd_hf.weights.families import (
 )
 from lmd_hf.weights.formats import FP8, list_weights
 from lmd_hf.weights.lora import Piece, merge, stored_pieces
+from lmd_hf.weights.named import find_tree
 from lmd_hf.weights.source import Source
 
 
@@ -31,7 +32,7 @@ OTHER = Role("", "other")
 def list_matrices(source: Source) -> Inventory:
     """The inventory of a source: selected + skipped + stored aliases add up to every parameter that is stored."""
     weights = list_weights(source.tensors, source.config, source.read)
-    tree = read_tree(weights, source.config, source.module)
+    tree = find_tree(weights, source.config, source.module)
     inventory = _list(source, weights, tree)
     if not source.updates:
         return inventory

@@ -13,6 +13,7 @@ from lmd_hf.records import TensorRef
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
+PARAMS = "params.json"  # which says how wide LLaMA's own files, `consolidated.00.pth` …, are when joined
 INDEX = "model.safetensors.index.json"
 NAMED = 5  # files that a note names before it counts
 
@@ -26,7 +27,7 @@ def weight_files(names: list[str], where: str) -> list[str]:
     names = [name for name in names if "/" not in name and not re.fullmatch(TRAINING_STATE, name)]
     for endings in ((".safetensors",), PICKLES):
         found = _of_kind(names, endings)
-        if len(found) > 1 and re.match(r"consolidated\.\d+\.", found[0]):
+        if is_sliced(found) and (PARAMS not in names or endings != PICKLES):
             remedy = "read the repository's safetensors files, or join the slices with their authors' script"
             raise SourceError(f"{where}: {len(found)} files each hold a slice of every matrix; {remedy}")
         if found:
@@ -40,6 +41,11 @@ def weight_files(names: list[str], where: str) -> list[str]:
     if adapter:
         return [max(adapter)]
     raise SourceError(f"{where}: no weights in it; save the model with save_pretrained first")
+
+
+def is_sliced(names: list[str]) -> bool:
+    """Whether each of these files holds a slice of every matrix."""
+    return len(names) > 1 and re.match(r"consolidated\.\d+\.", names[0]) is not None
 
 
 def _of_kind(names: list[str], endings: tuple[str, ...]) -> list[str]:
@@ -56,7 +62,7 @@ def _of_kind(names: list[str], endings: tuple[str, ...]) -> list[str]:
     if whole or indexes:
         return [whole[0] if whole else min(indexes, key=rank)]
     kept = {_plain_name(name): name for name in sorted(plain, key=rank, reverse=True)}  # of variants the first
-    return sorted(kept.values()) or files
+    return sorted(kept.values()) or sorted(files)
 
 
 def _plain_name(name: str) -> str:
@@ -123,4 +129,6 @@ def read_config(path: Path) -> dict[str, Any] | None:
 
 def config_file(names: list[str]) -> str:
     """The name of the configuration that goes with these weight files."""
+    if is_sliced(names):
+        return PARAMS
     return "adapter_config.json" if names[0].startswith("adapter_model") else "config.json"

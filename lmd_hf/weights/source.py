@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 
 import lmd_hf
-from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, Weight, WeightFile
 from lmd_hf.weights.gguf import read_gguf
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.lora import adapter_note, is_adapter
 from lmd_hf.weights.pickled import read_pickled, repeated
 from lmd_hf.weights.ranged import Connection, RemoteFile
-from lmd_hf.weights.repository import PICKLES, WEIGHTS, config_file, read_config, read_index, unread_files, weight_files
+from lmd_hf.weights.repository import (
+    PICKLES,
+    WEIGHTS,
+    config_file,
+    is_sliced,
+    read_config,
+    read_index,
+    unread_files,
+    weight_files,
+)
 
 
 TORCH_DTYPES = {
@@ -118,27 +127,6 @@ def _page_buffer(size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class LiveSource:
-    """A module in memory. Parameters that share memory are one tensor with several names."""
-
-    identity: ModelIdentity
-    config: dict[str, Any] | None
-    module: nn.Module
-    tensors: tuple[TensorRef, ...]
-    shared: tuple[tuple[str, str], ...]
-    values: dict[str, Tensor]
-    notes: tuple[str, ...] = ()
-    updates: tuple[Weight, ...] = ()
-
-    def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
-        """A view of the parameter; nothing is copied."""
-        value = self.values[tensor.name].detach()
-        if value.is_meta:
-            raise NoDataError("no data: it is on the meta device; load or materialise it first")
-        return value.reshape(tensor.shape)[start:stop]
-
-
 def open_source(
     model: str | Path | nn.Module,
     *,
@@ -162,7 +150,9 @@ def open_source(
 
         return open_merged(model, base, revision=revision, subfolder=subfolder, token=token, download=download)
     if isinstance(model, nn.Module):
-        return _open_live(model)
+        from lmd_hf.weights.live import open_live
+
+        return open_live(model)
     path = Path(model).expanduser()
     if path.is_file():
         return _open_file(path)
@@ -227,6 +217,10 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
     identity = make_identity(identifier, None, None, config, files)
     if config is not None and is_adapter(config):
         notes = (adapter_note(config),)
+    if is_sliced(names):
+        from lmd_hf.weights.sliced import join
+
+        return join(FileSource(identity, config, (), lambda name: folder / name), tensors)
     refs = unique(tensors)
     return FileSource(identity, config, refs, lambda name: folder / name, shared=tuple(shared.items()), notes=notes)
 
@@ -273,22 +267,3 @@ def dtype_name(value: Tensor) -> str:
     """A tensor's dtype as safetensors writes it."""
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     return names.get(value.dtype, str(value.dtype).removeprefix("torch.").upper())
-
-
-def _open_live(module: nn.Module) -> LiveSource:
-    values: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    shared = []
-    for name, value in module.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):  # extra state of a module, such as a quantiser's, is no parameter
-            continue
-        if id(value) in first:
-            shared.append((name, first[id(value)]))
-        else:
-            first[id(value)], values[name] = name, value
-    tensors = tuple(TensorRef(name, "", 0, 0, dtype_name(v), tuple(v.shape)) for name, v in values.items())
-    config: Any = getattr(module, "config", None)
-    raw = config.to_dict() if hasattr(config, "to_dict") else None
-    identifier = getattr(config, "_name_or_path", "") or type(module).__name__
-    identity = replace(make_identity(identifier, None, None, raw, []), architectures=(type(module).__name__,))
-    return LiveSource(identity, raw, module, tensors, tuple(shared), values)

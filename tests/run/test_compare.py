@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import models
 import numpy as np
@@ -12,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from lmd_hf import Settings, compare
 from lmd_hf.changes import MatrixChange
 from lmd_hf.report.compare import build_comparison
+from lmd_hf.run import compare as compare_module
+from lmd_hf.run import read_ahead
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.pairs import match
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.source import open_source
+from lmd_hf.weights.source import FileSource, open_source
 
 
 PLACES = {"name", "part", "tuned_name", "tuned_part", "matched", "tied", "stack", "block", "role", "layer", "shape"}
@@ -231,3 +234,69 @@ def test_revisions_of_one_repository(hub, save):
     assert comparison.tuned.commit is None
     assert all(m.identical for m in comparison.matrices)
     assert comparison.base.id == "org/model"
+
+
+class Slow(FileSource):
+    """A folder whose reads take a while, and that remembers what was read and how many reads were under way."""
+
+    def read(self, tensor, start=0, stop=None):
+        BUSY.append(self.identity.id)
+        COUNTS.append((len(BUSY), len(set(BUSY))))
+        READS.append((self.identity.id, tensor.name, start, stop))
+        time.sleep(0.005)
+        try:
+            return super().read(tensor, start, stop)
+        finally:
+            BUSY.remove(self.identity.id)
+
+
+BUSY, COUNTS, READS = [], [], []
+
+
+def slow(folder):
+    source = open_source(folder)
+    return Slow(**{name: getattr(source, name) for name in FileSource.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("room", [0, 2**24])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "t5"])
+def test_both_models_are_read_ahead_and_each_byte_once(save, tmp_path, monkeypatch, family, room):
+    """One worker alone would never have more than one read under way."""
+    monkeypatch.setattr(read_ahead, "ROOM", room)
+    monkeypatch.setattr(compare_module, "count_workers", lambda *_: 1)
+    shutil.copytree(save(family), tmp_path / "tuned")
+    for memory in (COUNTS, READS):
+        memory.clear()
+    base, tuned = slow(save(family)), slow(tmp_path / "tuned")
+    matching = match(list_matrices(base), list_matrices(tuned), Settings())
+    COUNTS.clear()
+    done = []
+    worker = threading.Thread(target=lambda: done.append(compare_all(matching, base, tuned, device="cpu")), daemon=True)
+    worker.start()
+    worker.join(60)
+    assert all(change.identical for change in done[0].matrices)
+    assert len(done[0].matrices) == len(matching.pairs)
+    assert len(READS) == len(set(READS))
+    if room:
+        assert max(count for count, _ in COUNTS) > 2
+        assert max(models for _, models in COUNTS) == 2
+
+
+def test_of_two_distant_models_every_byte_is_fetched_once(hub, save, monkeypatch):
+    monkeypatch.setattr("lmd_hf.weights.hub.FIRST_BYTES", 4000)
+    files = {p.name: p.read_bytes() for p in save("llama").iterdir() if p.is_file()}
+    hub.add("distant/base", files)
+    hub.add("distant/tuned", files)
+    comparison = compare("distant/base", "distant/tuned")
+    size = len(files["model.safetensors"])
+    length = 8 + int.from_bytes(files["model.safetensors"][:8], "little")
+    header = 4000 if length <= 4000 else 4000 + length - 8
+    assert comparison.environment["bytes_fetched"] == 2 * (size - length + header)
+    assert all(change.identical for change in comparison.matrices)
+
+
+def test_pairs_that_share_bytes_follow_one_another_whichever_model_fuses_them(save):
+    a, b, c = (read_ahead.Span(tensor, 0, 1) for tensor in open_source(save("llama")).tensors[:3])
+    fused, split = {"q": {a}, "o": {b}, "k": {a}}, {"q": {a}, "o": {b}, "k": {c}}
+    assert read_ahead.gathered(fused, split) == read_ahead.gathered(split, fused) == ["q", "k", "o"]
+    assert read_ahead.gathered(split, split) == ["q", "o", "k"]

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from lmd_hf import analyze
 from lmd_hf.records import Settings
 from lmd_hf.run.execute import execute, head_start
+from lmd_hf.run.journal import Journal
 from lmd_hf.run.plan import make_plan
 from lmd_hf.run.workers import pick_device
+from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.source import open_source
 
@@ -152,7 +154,7 @@ def test_every_share_of_the_work_gives_the_same_numbers(save):
     inventory = list_matrices(source)
     whole = execute(make_plan(inventory, source.identity, Settings(device="cpu")), source)
     plan = make_plan(inventory, source.identity, Settings(device="cpu"), world_size=3)
-    parts = {m.name: m for rank in range(3) for m in execute(plan, source, rank=rank).matrices}
+    parts = {m.name: m for rank in range(3) for m in execute(plan, source, world=World(rank, 3)).matrices}
     assert [m.name for m in whole.matrices] == [w.ref.name for w in plan.works]
     for matrix in whole.matrices:
         assert matrix == replace(parts[matrix.name], singular_values=matrix.singular_values)
@@ -193,7 +195,7 @@ def test_a_head_start_from_names_alone_changes_no_number(save, family, metric):
     settings = Settings(metric=metric)
     final = make_plan(list_matrices(source), source.identity, settings)
     alone = execute(final, source)
-    with head_start(make_plan(list_by_name(source), source.identity, settings), source) as ahead:
+    with head_start(make_plan(list_by_name(source), source.identity, settings), source, Journal()) as ahead:
         [
             future.exception() for _, future in ahead.spectra.values()
         ]  # all done before the plan is known: the other extreme

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lmd_hf.records import Work
-from lmd_hf.run.measure import spectrum_for, to_row
+from lmd_hf.run.measure import Spectra, measure, to_row
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
-from lmd_hf.weights.stored import Rounding
+from lmd_hf.weights.stored import Rounding, Stored
 
 
 STORED = Rounding(2.0**-24, 0.0)
@@ -27,18 +27,22 @@ def matrix():
     return torch.randn(820, 900, generator=torch.Generator().manual_seed(1))
 
 
+def spectrum(work, w):
+    return measure(work, Stored(w, STORED), None).raw
+
+
 def test_each_number_has_the_interval_of_its_own_spectrum(work, matrix):
     """Noise figures are those of W in every metric, ranks those of the metric's spectrum."""
-    raw, scaled = spectrum_for(work, matrix), spectrum_for(work, matrix * torch.linspace(0.2, 2, 900))
-    plain, folded = (to_row(work.ref, s, STORED, raw, metric="norm", kernel="sketch") for s in (raw, scaled))
+    raw, scaled = spectrum(work, matrix), spectrum(work, matrix * torch.linspace(0.2, 2, 900))
+    plain, folded = (to_row(work.ref, Spectra(raw, s, STORED), kernel="sketch") for s in (raw, scaled))
     assert folded.intervals["mp_edge"] == plain.intervals["mp_edge"]
     assert folded.intervals["effective_rank"][1] < plain.intervals["effective_rank"][0]
 
 
 def test_a_sketch_beside_an_exact_spectrum(work, matrix):
-    exact = spectrum_for(replace(work, kernel="exact"), matrix)
-    sketched = spectrum_for(work, matrix * torch.linspace(0.2, 2, 900))
-    row = to_row(work.ref, sketched, STORED, exact, metric="norm", kernel="sketch")
+    exact = spectrum(replace(work, kernel="exact"), matrix)
+    sketched = spectrum(work, matrix * torch.linspace(0.2, 2, 900))
+    row = to_row(work.ref, Spectra(exact, sketched, STORED), kernel="sketch")
     low, high = row.intervals["mp_edge"]
     assert low == high == row.mp_edge
     low, high = row.intervals["effective_rank"]
@@ -48,6 +52,6 @@ def test_a_sketch_beside_an_exact_spectrum(work, matrix):
 def test_seeds_come_from_which_entries_the_matrix_has(work, matrix):
     again = replace(work, ref=replace(work.ref, role="k", layer=7, part="k"))
     other = replace(work, ref=replace(work.ref, rows=((0, 820, 1),)))
-    first = spectrum_for(work, matrix).values
-    assert torch.equal(first, spectrum_for(again, matrix).values)
-    assert not torch.equal(first, spectrum_for(other, matrix).values)
+    first = spectrum(work, matrix).values
+    assert torch.equal(first, spectrum(again, matrix).values)
+    assert not torch.equal(first, spectrum(other, matrix).values)

@@ -126,7 +126,9 @@ def test_several_gguf_files_are_a_choice():
 
 def test_slices_of_every_matrix_are_not_taken_for_matrices():
     with pytest.raises(SourceError, match="2 files each hold a slice of every matrix"):
-        weight_files(["consolidated.00.pth", "consolidated.01.pth", "params.json"], "here")
+        weight_files(["consolidated.00.pth", "consolidated.01.pth"], "here")
+    with pytest.raises(SourceError, match="2 files each hold a slice of every matrix"):
+        weight_files(["consolidated.00.safetensors", "consolidated.01.safetensors", "params.json"], "here")
 
 
 ORIGINAL = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv"}
@@ -134,14 +136,89 @@ ORIGINAL |= {"self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.
 ORIGINAL |= {"mlp.up_proj": "feed_forward.w3", "embed_tokens": "tok_embeddings", "lm_head": "output", "model.": ""}
 
 
-@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.safetensors"])
-def test_the_authors_own_layout(tmp_path, saved, name):
-    folder, state = saved
+def as_the_authors(state):
     renamed = {}
     for key, value in state.items():
         for ours, theirs in ORIGINAL.items():
             key = key.replace(ours, theirs)
         renamed[key] = value
+    return renamed
+
+
+def cut(name, value, count, place, tokens):
+    """What process `place` of `count` holds: a linear layer whose outputs (column-parallel) or inputs (row-parallel)
+    are cut, an embedding whose width or whose tokens are."""
+    if value.ndim == 1:
+        return value
+    by_input = any(leaf in name for leaf in ("wo", "w2", "tok_embeddings")) and not (tokens and "tok" in name)
+    return value.chunk(count, dim=int(by_input))[place].clone()
+
+
+@pytest.fixture
+def sliced(saved):
+    """A function that writes the files of `count` processes into a folder; the whole matrices by name."""
+
+    def write(folder, count, tokens=False, dim=32):
+        whole = as_the_authors(saved[1])
+        for place in range(count):
+            part = {name: cut(name, value, count, place, tokens) for name, value in whole.items()}
+            torch.save(part, folder / f"consolidated.{place:02}.pth")
+        (folder / "params.json").write_text(json.dumps({"dim": dim, "n_layers": 2}))
+        return whole
+
+    return write
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("count", [2, 4])
+def test_slices_of_every_matrix_are_joined(tmp_path, saved, sliced, count, tokens):
+    whole = sliced(tmp_path, count, tokens)
+    source = open_source(tmp_path)
+    assert {tensor.name: tensor.shape for tensor in source.tensors} == {n: tuple(v.shape) for n, v in whole.items()}
+    for tensor in source.tensors:
+        assert torch.equal(source.read(tensor), whole[tensor.name])
+        assert torch.equal(source.read(tensor, 1, 7), whole[tensor.name][1:7])
+    same(tmp_path, saved[0])
+    report = lmd_hf.analyze(tmp_path)
+    assert report.coverage.parameters == sum(value.numel() for value in whole.values())
+    assert [file.name for file in report.model.files] == [f"consolidated.{n:02}.pth" for n in range(count)]
+    assert all(file.sha256 for file in report.model.files)
+
+
+def test_slices_on_the_hub_are_joined(tmp_path, hub, saved, sliced):
+    sliced(tmp_path, 2)
+    hub.add("org/sliced", {f"original/{path.name}": path.read_bytes() for path in tmp_path.iterdir()})
+    ours = {(m.role, m.layer): m.singular_values for m in lmd_hf.analyze("org/sliced", subfolder="original").matrices}
+    theirs = {(m.role, m.layer): m.singular_values for m in lmd_hf.analyze(saved[0]).matrices}
+    assert ours.keys() == theirs.keys()
+    for key, values in ours.items():
+        np.testing.assert_allclose(values, theirs[key], rtol=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["width", "name", "absent", "shape", "vector"])
+def test_slices_that_leave_a_doubt_are_refused(tmp_path, sliced, fault):
+    sliced(tmp_path, 2, dim=48 if fault == "width" else 32)
+    last = tmp_path / "consolidated.01.pth"
+    part = torch.load(last)
+    name = "layers.0.attention.wq.weight"
+    if fault == "absent":
+        del part[name]
+    elif fault == "shape":
+        part[name] = part[name][1:]
+    elif fault in ("name", "vector"):
+        extra = torch.ones(4, 32) if fault == "name" else torch.ones(4)
+        first = torch.load(tmp_path / "consolidated.00.pth")
+        torch.save(first | {"layers.0.attention.mystery": extra}, tmp_path / "consolidated.00.pth")
+        part["layers.0.attention.mystery"] = extra
+    torch.save(part, last)
+    with pytest.raises(FormatError, match=r"no rule joins the slices of .* join them with their authors' script"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.safetensors"])
+def test_the_authors_own_layout(tmp_path, saved, name):
+    folder, state = saved
+    renamed = as_the_authors(state)
     original = tmp_path / "original"
     original.mkdir()
     if name.endswith(".pth"):

@@ -1,0 +1,165 @@
+"""The processes that share one run. A process by itself is a world of one, and nothing else differs."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import count, pairwise
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import torch
+import xxhash
+
+from lmd_hf.errors import LmdError, SettingsError
+
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # for the others' largest matrices; that a rank has died is noticed at once
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` always sets
+
+
+class Counter(Protocol):
+    """A sum that every rank may add to and see."""
+
+    def add(self, amount: float) -> float:
+        """Add, and return the sum."""
+        ...
+
+
+@dataclass
+class _Own:
+    """The counter of a world of one."""
+
+    total: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, amount: float) -> float:
+        """Add, and return the sum."""
+        with self.lock:
+            self.total += amount
+            return self.total
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A sum that rank 0 keeps for all ranks, in whole units: the store counts integers."""
+
+    store: Any
+    name: str
+
+    def add(self, amount: float) -> float:
+        """Add, and return the sum."""
+        return float(self.store.add(self.name, round(amount)))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process is `rank` of `size`. What passes between ranks are small results of our own ranks, never weights."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = field(default=None, compare=False, repr=False)
+    store: Any = field(default=None, compare=False, repr=False)
+    counters: Iterator[int] = field(default_factory=count, compare=False, repr=False)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank. All ranks have to call it."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, stage: Callable[[], T]) -> T:
+        """What a stage returns here. If it raises an `LmdError` on any rank, it does on all of them, so that none waits
+        for one that has given up."""
+        result: Any = None
+        mine: LmdError | None = None
+        try:
+            result = stage()
+        except LmdError as error:
+            mine = error
+        for rank, theirs in enumerate(self.gather(mine)):
+            if theirs is not None:
+                raise theirs if rank == self.rank else type(theirs)(f"rank {rank}: {theirs}")
+        return result  # type: ignore[no-any-return]
+
+    def check_same(self, seen: str) -> None:
+        """`SettingsError` on every rank if they do not all see the same."""
+        if len(set(self.gather(xxhash.xxh3_128_hexdigest(seen.encode())))) > 1:
+            raise SettingsError(
+                "the ranks see different models; pin --revision to a commit, or give a folder that all of them share"
+            )
+
+    def counter(self) -> Counter:
+        """A new counter, at 0; the n-th that each rank asks for is the same one."""
+        return _Own() if self.store is None else _Shared(self.store, f"counter {next(self.counters)}")
+
+    def leave(self) -> None:
+        """Wait for the others, so that none loses a peer in mid-talk, and end the connections."""
+        if self.group is not None:
+            torch.distributed.barrier(group=self.group)
+            torch.distributed.destroy_process_group()
+
+
+def join(device: str = "auto") -> World:
+    """The world that torchrun or `accelerate launch` started this process in; a world of one without them.
+
+    On CPUs the processes talk through gloo, also where each has a GPU: what they exchange lies in main memory. Raises
+    `SettingsError` where a launcher was asked for several processes and started one (see `one_of_many`).
+    """
+    if wanted := one_of_many():
+        raise SettingsError(
+            f"`accelerate launch` was asked for {wanted} processes and started one, as it does on CPUs; "
+            f"use `torchrun --nproc_per_node {wanted} -m lmd_hf …`"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return World()
+    from accelerate import PartialState
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    # without cpu=True every rank of a machine without an accelerator believes that it is alone
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    if state.num_processes < 2:
+        raise SettingsError("WORLD_SIZE is set, but no process group came up; unset it, or start through torchrun")
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    world = World(state.process_index, state.num_processes, group=group)
+    return replace(world, store=_open_store(world))
+
+
+def _open_store(world: World) -> Any:
+    host = os.environ["MASTER_ADDR"]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    own = TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+    port = world.gather(own.port if own is not None else 0)[0]
+    return own or TCPStore(host, port, is_master=False)
+
+
+def one_of_many() -> int:
+    """How many processes `accelerate launch` was asked for, by its flags or its configuration, where it started just
+    one (on CPUs, without a host file for MPI); 0 where nothing is wrong."""
+    if LAUNCHED not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return 0
+    try:
+        parent = psutil.Process().parent()
+        words = [part for word in (parent.cmdline() if parent is not None else []) for part in word.split("=", 1)]
+    except psutil.Error:
+        return 0
+    if not any(word.endswith(("launch", "launch.py")) for word in words):
+        return 0
+    flags = dict(pairwise(words))
+    asked = flags.get("--num_processes", flags.get("--num-processes"))
+    if asked is None:
+        asked = _configured(flags.get("--config_file", flags.get("--config-file")))
+    return int(asked) if asked.isdigit() and int(asked) > 1 else 0
+
+
+def _configured(file: str | None) -> str:
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if file is None and not os.path.isfile(default_config_file):
+        return ""
+    return str(getattr(load_config_from_file(file), "num_processes", ""))

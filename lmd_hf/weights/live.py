@@ -1,0 +1,142 @@
+"""A module in memory, or partly elsewhere: offloaded by accelerate, or a DTensor that one process holds whole."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lmd_hf.errors import NoDataError, SourceError
+from lmd_hf.records import ModelIdentity, TensorRef, Weight
+from lmd_hf.weights.source import dtype_name, make_identity
+
+
+GATHER = (
+    "save the whole model (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True "
+    "gathers it) and analyse the saved folder"
+)
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """Where accelerate keeps the values of a parameter that is on the meta device: in memory or on disk."""
+
+    weights: Mapping[str, Tensor]
+    key: str
+
+    def load(self) -> Tensor:
+        """The values; from disk, a copy that nobody else holds."""
+        try:
+            return self.weights[self.key]
+        except KeyError:
+            raise NoDataError("no data: its offloading hook does not hold it; load the model again") from None
+
+    @property
+    def address(self) -> int:
+        """Where the values are in memory, 0 if they are on disk."""
+        held: Any = getattr(self.weights, "dataset", self.weights)
+        loaded = getattr(held, "state_dict", held)  # a loader's part that is in memory
+        value = loaded.get(getattr(self.weights, "prefix", "") + self.key) if isinstance(loaded, dict) else None
+        return value.data_ptr() if isinstance(value, Tensor) else 0
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """A live module. Parameters that share memory are one tensor with several names."""
+
+    identity: ModelIdentity
+    config: dict[str, Any] | None
+    module: nn.Module
+    tensors: tuple[TensorRef, ...]
+    shared: tuple[tuple[str, str], ...]
+    values: dict[str, Tensor]
+    offloaded: dict[str, Offloaded]
+    notes: tuple[str, ...] = ()
+    updates: tuple[Weight, ...] = ()
+
+    def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
+        """A view of the parameter, nothing copied; of an offloaded one what the next forward pass would load, this
+        parameter alone."""
+        value = self.values[tensor.name].detach()
+        if tensor.name in self.offloaded:
+            value = self.offloaded[tensor.name].load().to(value.dtype)
+        if value.is_meta:
+            raise NoDataError("no data: it is on the meta device; load or materialise it first")
+        return value.reshape(tensor.shape)[start:stop]
+
+
+def open_live(module: nn.Module) -> LiveSource:
+    """A module as a source, wherever its parameters are: on any devices, offloaded by accelerate (`cpu_offload`,
+    `disk_offload`, `device_map`), or DTensors of which this process holds every entry.
+
+    Raises `SourceError` with the remedy for parameters that are spread over processes: gathering them is a collective,
+    which every process would have to enter in the same order.
+    """
+    config: Any = getattr(module, "config", None)
+    identifier = getattr(config, "_name_or_path", "") or type(module).__name__
+    _refuse_flat(module, identifier)
+    values: dict[str, Tensor] = {}
+    offloaded: dict[str, Offloaded] = {}
+    first: dict[tuple[str, int], str] = {}
+    shared = []
+    hooks = _hooks(module)
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):  # extra state of a module, such as a quantiser's, is no parameter
+            continue
+        elsewhere = _find(name, hooks) if value.is_meta else None
+        address = elsewhere.address if elsewhere else 0  # hooks give each name a tensor of its own on the meta device
+        key = ("address", address) if address else ("object", id(value))
+        if key in first:
+            shared.append((name, first[key]))
+            continue
+        first[key], values[name] = name, _local(value, name, identifier)
+        if elsewhere:
+            offloaded[name] = elsewhere
+    tensors = tuple(TensorRef(name, "", 0, 0, dtype_name(v), tuple(v.shape)) for name, v in values.items())
+    raw = config.to_dict() if hasattr(config, "to_dict") else None
+    identity = replace(make_identity(identifier, None, None, raw, []), architectures=(type(module).__name__,))
+    return LiveSource(identity, raw, module, tensors, tuple(shared), values, offloaded)
+
+
+def _hooks(module: nn.Module) -> dict[str, Any]:
+    """{path: the hook of accelerate there that holds offloaded values}."""
+    return {path: hook for path, child in module.named_modules() for hook in _offloading(child)}
+
+
+def _offloading(module: nn.Module) -> Iterator[Any]:
+    hook: Any = getattr(module, "_hf_hook", None)
+    for single in getattr(hook, "hooks", (hook,)):  # several in one: SequentialHook
+        if getattr(single, "weights_map", None) is not None:
+            yield single
+
+
+def _find(name: str, hooks: dict[str, Any]) -> Offloaded | None:
+    """The values of a parameter: with the module that owns it, or with one around it that moves all of its parts."""
+    owner = name.rpartition(".")[0]
+    path = owner
+    while True:
+        hook = hooks.get(path)
+        if hook is not None and (path == owner or hook.place_submodules):
+            return Offloaded(hook.weights_map, name[len(path) + 1 :] if path else name)
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+
+
+def _local(value: Tensor, name: str, identifier: str) -> Tensor:
+    """The parameter itself; of a DTensor what this process holds, if that is all of it."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")  # not imported: then there is no DTensor
+    if tensors is None or not isinstance(value, tensors.DTensor):
+        return value
+    mesh = value.device_mesh
+    if not all(mesh.size(axis) == 1 or placed.is_replicate() for axis, placed in enumerate(value.placements)):
+        spread = f"'{name}' is a DTensor spread over {mesh.size()} processes"
+        raise SourceError(f"{identifier}: {spread}, of which each holds a part; {GATHER}")
+    return value.detach().to_local()
+
+
+def _refuse_flat(module: nn.Module, identifier: str) -> None:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(child, fsdp.FullyShardedDataParallel) for child in module.modules()):
+        raise SourceError(f"{identifier}: FSDP keeps its parameters flat, in parts on every process; {GATHER}")

@@ -1,0 +1,150 @@
+"""Live modules whose parameters are elsewhere: every number is the plain model's, or the refusal names the remedy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+import transformers as t
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch import nn
+
+from lmd_hf import analyze
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
+from lmd_hf.weights.stored import read_matrix
+
+
+TESTS = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+HALF = {"transformer.wte": "cpu", "lm_head": "cpu", "transformer.wpe": "cpu", "transformer.h.0": "cpu",
+        "transformer.h.1": "disk", "transformer.ln_f": "disk"}  # fmt: skip
+
+
+def loaded(folder, save, device_map):
+    return t.AutoModelForCausalLM.from_pretrained(save("gpt2"), device_map=device_map, offload_folder=folder)
+
+
+def rows(report):
+    return {(m.name, m.part): m.singular_values for m in report.matrices}
+
+
+def equal(ours, plain):
+    assert rows(ours).keys() == rows(plain).keys()
+    for key, values in rows(plain).items():
+        np.testing.assert_array_equal(rows(ours)[key], values)
+    assert not ours.unread
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "t5"])
+@pytest.mark.parametrize("preload", [None, ["GPT2Block", "MixtralDecoderLayer", "T5Block"]])
+def test_parameters_that_accelerate_offloaded_to_memory(family, preload):
+    model = models.make(family)
+    cpu_offload(model, execution_device=CPU, preload_module_classes=preload)
+    assert any(p.is_meta for p in model.parameters())
+    ours, plain = analyze(model), analyze(models.make(family))
+    equal(ours, plain)
+    assert ours.coverage == plain.coverage
+    assert any(p.is_meta for p in model.parameters()), "nothing is left materialised"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_accelerate_offloaded_to_disk(tmp_path, dtype):
+    model = models.make("gpt2").to(dtype)
+    plain = analyze(models.make("gpt2").to(dtype))
+    disk_offload(model, tmp_path, execution_device=CPU)
+    equal(analyze(model), plain)  # the tied head is a second file there, which is an alias all the same
+
+
+@pytest.mark.parametrize("device_map", [HALF, {"": "disk"}])
+def test_a_model_loaded_to_memory_and_disk(tmp_path, save, device_map):
+    model = loaded(tmp_path, save, device_map)
+    assert any(p.is_meta for p in model.parameters())
+    ours, plain = analyze(model, metric="norm"), analyze(models.make("gpt2"), metric="norm")
+    equal(ours, plain)
+    assert ours.coverage == plain.coverage
+
+
+def test_a_dispatched_model(tmp_path):
+    model = models.make("llama")
+    places = {"model": "cpu", "lm_head": "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert model.lm_head.weight.is_meta
+    equal(analyze(model), analyze(models.make("llama")))
+
+
+def test_one_parameter_is_loaded_at_a_time(save, tmp_path):
+    model = loaded(tmp_path, save, {"": "disk"})
+    source = open_source(model)
+    ref = next(ref for ref in list_matrices(source).selected if ref.role == "up" and ref.layer == 1)
+    assert torch.equal(read_matrix(source, ref), models.make("gpt2").transformer.h[1].mlp.c_fc.weight.T)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_the_meta_device_without_a_hook_has_no_data():
+    with torch.device("meta"):
+        module = nn.Linear(4, 6)
+    report = analyze(module)
+    assert not report.matrices
+    assert any("meta device" in item.reason for item in report.coverage.skipped)
+
+
+DISTRIBUTED = """
+import json, numpy as np, torch, torch.distributed as dist, models
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from lmd_hf import LmdError, analyze
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+PLAN = {"model.layers.0.mlp.up_proj": ColwiseParallel(), "model.layers.0.mlp.down_proj": RowwiseParallel()}
+KINDS = {
+    "fully_shard": lambda model: fully_shard(model, mesh=mesh),
+    "tensor_parallel": lambda model: parallelize_module(model, mesh, PLAN),
+    "replicated": lambda model: distribute_module(model, mesh),
+    "flat": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+}
+
+def outcome(make):
+    try:
+        report = analyze(make(models.make("llama")))
+    except LmdError as error:
+        return str(error)
+    ours = [(m.name, m.singular_values.tolist()) for m in report.matrices]
+    return "equal" if ours == plain and not report.unread else "other numbers"
+
+plain = [(m.name, m.singular_values.tolist()) for m in analyze(models.make("llama")).matrices]
+told = {kind: outcome(make) for kind, make in KINDS.items()}
+if dist.get_rank() == 0:
+    print("TOLD", json.dumps(told))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_spread_over_processes_is_refused_and_what_is_whole_is_read(tmp_path, processes):
+    script = tmp_path / "spread.py"
+    script.write_text(DISTRIBUTED)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    done = subprocess.run(
+        [sys.executable, *launch], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("TOLD "))
+    told = json.loads(line.removeprefix("TOLD "))
+    assert told["replicated"] == "equal"
+    assert "FSDP keeps its parameters flat" in told["flat"]
+    for kind in ("fully_shard", "tensor_parallel"):
+        if processes == 1:
+            assert told[kind] == "equal"
+        else:
+            assert "is a DTensor spread over 2 processes" in told[kind]
+            assert "get_model_state_dict" in told[kind]
