@@ -15,7 +15,7 @@ from lmd_hf.matrix.change import Drift, Side, Update, measure_change
 from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
 from lmd_hf.run.execute import environment
 from lmd_hf.run.read_ahead import READERS, ReadAhead, reading_pairs
-from lmd_hf.run.workers import count_workers, pick_device, worker_pool
+from lmd_hf.run.workers import count_workers, pick_device, upload, worker_pool
 from lmd_hf.weights.lora import multiplied
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import read_stored
@@ -76,7 +76,7 @@ def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device)
         except (NoDataError, SourceError, FormatError, ValueError) as error:
             return Unmatched(name, ref.name, ref.part, ref.shape, _why(error))
         whole = multiplied(stored.matrix) if isinstance(stored.matrix, Factored) else stored.matrix
-        common = whole[:rows, :columns].to(device)
+        common = upload(whole[:rows, :columns], device)
         if common.element_size() == 1:  # torch has no arithmetic on 8-bit floats; wider ones hold them exactly
             common = common.to(torch.float32)
         sides.append(Side(common, stored.rounding.relative, stored.rounding.absolute))

@@ -19,7 +19,7 @@ from lmd_hf.run.factors import is_written, write_factors
 from lmd_hf.run.journal import Journal, Keys, content_key, place_key
 from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
-from lmd_hf.run.workers import pick_device, worker_count, worker_pool
+from lmd_hf.run.workers import pick_device, upload, worker_count, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.source import FileSource, Source
@@ -229,7 +229,7 @@ class Bench:
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:
-    return stored if isinstance(stored.matrix, Factored) else replace(stored, matrix=stored.matrix.to(device))
+    return stored if isinstance(stored.matrix, Factored) else replace(stored, matrix=upload(stored.matrix, device))
 
 
 def _skipped(ref: MatrixRef, reason: str) -> tuple[Skipped, ...]:

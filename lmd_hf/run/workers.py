@@ -19,6 +19,7 @@ from lmd_hf.weights.source import FileSource, Source
 
 MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
 LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
+STREAMS = 4  # matrices at one time on a GPU: one is decomposed, one on its way, and two fill what small kernels leave
 MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 
 
@@ -49,12 +50,32 @@ def worker_count(works: list[Work], device: torch.device, source: Source) -> int
 
 
 def count_workers(sizes: list[int], device: torch.device, limit: float = math.inf) -> int:
-    """One worker a core, as long as so many of the largest jobs (bytes in memory) fit into what is free and below
-    `limit`; one on an accelerator."""
-    if device.type != "cpu" or not sizes:
-        return 1
-    room = min(psutil.virtual_memory().available * MEMORY_SHARE / local_processes(), limit)
-    return min(_cores(), len(sizes), max(1, int(room // max(sizes))))
+    """As many workers as fit of the largest jobs (bytes in memory) into what is free and below `limit`: one a core, or
+    `STREAMS` on a GPU, each with a stream of its own."""
+    if device.type == "cpu":
+        room = psutil.virtual_memory().available * MEMORY_SHARE / local_processes()
+        return _fitting(sizes, _cores(), min(room, limit))
+    if device.type == "cuda":
+        return _fitting(sizes, STREAMS, min(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE, limit))
+    return 1
+
+
+def _fitting(sizes: list[int], hands: int, room: float) -> int:
+    return min(hands, len(sizes), max(1, int(room // max(sizes)))) if sizes else 1
+
+
+_streams = threading.local()
+
+
+def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The matrix on the device, in its stored type. On a GPU this thread works in a stream of its own from here on, and
+    the copy, from pinned memory, leaves the other threads' kernels running."""
+    if device.type != "cuda":
+        return matrix.to(device)
+    if getattr(_streams, "device", None) != device:
+        _streams.device, _streams.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    torch.cuda.set_stream(_streams.stream)
+    return (matrix if matrix.is_cuda else matrix.pin_memory()).to(device, non_blocking=True)
 
 
 def _cores() -> int:

@@ -1,60 +1,85 @@
-"""Eigenvalues in two stages, against LAPACK's one."""
+"""Eigenvalues by way of a band, and the subspace of the smallest ones, against LAPACK."""
 
 import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 
-from lmd_hf.matrix import band
-
-
-U = 2.0**-53
+from lmd_hf.matrix import band, smallest
 
 
-def symmetric(k, eigenvalues=None, seed=0):
-    generator = np.random.default_rng(seed)
-    if eigenvalues is None:
-        a = generator.standard_normal((k, k))
-        return (a + a.T) / 2
-    q = np.linalg.qr(generator.standard_normal((k, k)))[0]
-    a = (q * eigenvalues) @ q.T
-    return (a + a.T) / 2
+WIDTH = band.WIDTH
+SIZES = [1, 2, 3, WIDTH - 1, WIDTH, WIDTH + 1, WIDTH + 2, 2 * WIDTH, 2 * WIDTH + 1, 3 * WIDTH + 5, band.ROWS + 70]
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 47, 48, 49, 50, 96, 97, 98, 255, 256, 257, 300, 513])
-def test_every_size_around_a_panel_and_a_block(k):
-    a = symmetric(k)
-    expected = np.linalg.eigvalsh(a)
-    found = band.eigenvalues(np.tril(a))  # nothing above the diagonal is read
-    np.testing.assert_allclose(found, expected, rtol=0, atol=k * U * np.abs(expected).max() * 4)
+def symmetric(build, values):
+    q = torch.linalg.qr(build(len(values), len(values)).double()).Q
+    return (q * values.double() @ q.T).numpy()
 
 
-SPECTRA = {
-    "zero": np.zeros(200),
-    "identity": np.ones(200),
-    "graded": np.logspace(0, -14, 200),
-    "one large": np.r_[1e6, np.ones(199)],
-    "low rank": np.r_[np.zeros(190), np.arange(10)],
-}
+@pytest.mark.parametrize("size", SIZES)
+def test_eigenvalues_equal_lapack_to_the_rounding_of_the_largest(build, size):
+    for values in (torch.linspace(-1, 1, size), torch.logspace(0, -12, size), torch.ones(size), torch.zeros(size)):
+        matrix = symmetric(build, values)
+        found = band.eigenvalues(np.tril(matrix))
+        assert (np.diff(found) >= 0).all()
+        np.testing.assert_allclose(found, np.linalg.eigvalsh(matrix), rtol=0, atol=1e-15 * (1 + size / 10))
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_degenerate_spectra(spectrum):
-    eigenvalues = SPECTRA[spectrum]
-    found = band.eigenvalues(symmetric(200, eigenvalues))
-    np.testing.assert_allclose(found, np.sort(eigenvalues), rtol=0, atol=800 * U * max(1e-300, eigenvalues.max()))
+def test_zeros_and_blocks_leave_reflectors_nothing_to_do():
+    matrix = np.zeros((200, 200))
+    matrix[:3, :3] = [[2, 1, 0], [1, 2, 0], [0, 0, 5]]
+    np.testing.assert_allclose(band.eigenvalues(matrix)[-3:], [1, 3, 5], rtol=1e-15)
 
 
-def test_a_large_matrix():
-    a = symmetric(1100, np.linspace(1, 2, 1100))
-    found = band.eigenvalues(a)
-    np.testing.assert_allclose(found, np.linspace(1, 2, 1100), rtol=0, atol=1100 * U * 2)
+def test_the_band_has_the_width_and_the_matrix_is_not_the_same(build):
+    """The first stage alone: what it leaves outside the band would be lost unseen."""
+    matrix = symmetric(build, torch.linspace(1, 2, 150))
+    stored = band._to_band(matrix.copy())
+    whole = sum(
+        np.diag(stored[: 150 - offset, offset], -offset) + np.diag(stored[: 150 - offset, offset], offset)
+        for offset in range(1, WIDTH + 1)
+    ) + np.diag(stored[:, 0])
+    np.testing.assert_allclose(np.linalg.eigvalsh(whole), np.linalg.eigvalsh(matrix), rtol=1e-13)
+    assert np.abs(np.tril(matrix, -WIDTH - 1)).max() > 1e-3
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("small", [[1e-9], [1e-7, 3e-8, 1e-12], [2e-7] * 4, [0.0, 0.0]])
+def test_the_subspace_holds_the_smallest_eigenvectors(build, small, on_device, monkeypatch):
+    """On a GPU the same steps run in torch: here on a tensor that stays on the CPU."""
+    values = torch.cat([torch.linspace(1, 0.1, 300 - len(small)), torch.tensor(small)]).double()
+    matrix = torch.from_numpy(symmetric(build, values))
+    squares = values.sort(descending=True).values
+    size = smallest.subspace_size(squares, len(small))
+    assert size is not None
+    if on_device:
+        start = torch.randn(300, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        shifted = matrix + 1e-13 * torch.eye(300, dtype=torch.float64)
+        q = smallest._iterate_on_device(shifted, start, 10)
+    else:
+        q = smallest.smallest_subspace(matrix.clone(), squares, len(small), size)
+    torch.testing.assert_close(q.T @ q, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-13)
+    vectors = torch.linalg.eigh(matrix).eigenvectors[:, : len(small)]
+    torch.testing.assert_close(q @ (q.T @ vectors), vectors, rtol=0, atol=1e-11)
+
+
+def test_a_subspace_that_would_be_wide_is_left_to_others():
+    assert smallest.subspace_size(torch.logspace(0, -8, 60, dtype=torch.float64), 10) is None
+    assert smallest.subspace_size(torch.ones(60, dtype=torch.float64), 2) is None
+
+
+def test_no_factor_no_subspace(build):
+    matrix = torch.from_numpy(symmetric(build, torch.linspace(1, -1, 60)))
+    assert smallest.smallest_subspace(matrix.clone(), torch.linspace(1, 0, 60).double(), 1, 2) is None
+    assert smallest._iterate_on_device(matrix, torch.randn(60, 2).double(), 2) is None
 
 
 def test_other_threads_run_meanwhile():
     """SciPy's own functions would hold Python's lock for the whole reduction of the band."""
-    a = symmetric(1500)
+    a = torch.randn(1500, 1500, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     worker = threading.Thread(target=band.eigenvalues, args=(a,))
     worker.start()
     longest, last = 0.0, time.perf_counter()

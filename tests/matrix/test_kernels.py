@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.matrix import kernels
 from lmd_hf.matrix.kernels import FLOOR, KERNELS, exact, get_kernel
 
 
@@ -78,6 +79,15 @@ def test_transposing_changes_nothing_and_scaling_scales(build):
     torch.testing.assert_close(exact(8 * w).values, 8 * values, rtol=1e-12, atol=0)
     rotation = torch.linalg.qr(build(50, 50, seed=1)).Q
     torch.testing.assert_close(exact(rotation @ w).values, values, rtol=1e-11, atol=0)
+
+
+def test_the_gram_matrix_of_a_gpu_is_that_of_the_cpu(build):
+    """A GPU adds whole products up in place; the CPU makes the lower triangle."""
+    chunk = build(70, 40)
+    whole, lower = torch.ones(40, 40, dtype=torch.float64), torch.ones(40, 40, dtype=torch.float64)
+    kernels._add_whole(whole, chunk)
+    kernels._add_lower(lower, chunk)
+    torch.testing.assert_close(whole.tril(), lower.tril(), rtol=1e-13, atol=1e-13)
 
 
 def test_long_sides_are_taken_in_chunks(build, monkeypatch):
