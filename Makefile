@@ -8,7 +8,7 @@ demo: .venv/ready ## the embedded model, end to end, offline
 	$(BIN)/lmd-hf demo
 
 test: .venv/ready ## the fast tests
-	$(BIN)/python -m pytest -m "not slow" -n logical --dist worksteal
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --dist worksteal
 
 check: .venv/ready ## the slow tests, format, lint and types
 	$(BIN)/ruff format --check .
