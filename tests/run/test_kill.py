@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -59,7 +58,9 @@ def journalled(assets):
 
 
 def kill_all(process, _random):
-    os.killpg(process.pid, signal.SIGKILL)
+    parent = psutil.Process(process.pid)
+    for each in [parent, *parent.children(recursive=True)]:  # torchrun's ranks are sessions of their own
+        each.kill()
 
 
 def kill_one_rank(process, random_):
