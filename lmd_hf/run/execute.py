@@ -215,7 +215,7 @@ class Bench:
         if spectra is None:
             spectra = measure(work, _moved(stored, self.device), gain)
             journal.add(keys, spectra)
-        self._write_factors(work.ref, _moved(stored, self.device), gain, keys)
+        self._write_factors(work.ref, stored, gain, keys)
         return spectra
 
     def _has_factors(self, ref: MatrixRef, key: str) -> bool:
@@ -225,7 +225,7 @@ class Bench:
     def _write_factors(self, ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, keys: Keys) -> None:
         if self.output.factors is not None and not self._has_factors(ref, keys.content):
             rank, told = self.plan.settings.rank, (keys.content, keys.place)
-            write_factors(self.output.factors, ref, stored, gain, rank=rank, keys=told)
+            write_factors(self.output.factors, ref, _moved(stored, self.device), gain, rank=rank, keys=told)
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:

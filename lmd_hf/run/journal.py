@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 class Keys:
     """What a spectrum belongs to: the entries themselves, whatever file they are in, and where they lie.
 
-    `place` tells without reading: the hash (or the pinned commit) of each file and the bytes of it. It is `PLACE`
+    `place` tells without reading: the hash of each file and the bytes of it. It is `PLACE`
     alone for files whose hash nobody has told.
     """
 
