@@ -17,8 +17,11 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
+
+import hub_writes
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Repo:
     private: bool = False
     gated: bool = False
     lfs: bool = True
+    disabled: bool = False
+    owner: str = ""
+    pulls: list[hub_writes.Pull] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Add a commit with exactly these files; returns its hash."""
@@ -52,6 +58,10 @@ class Hub:
 
     repos: dict[str, Repo] = field(default_factory=dict)
     token: str = "hf_test_token"
+    users: dict[str, str] = field(
+        default_factory=lambda: {"hf_test_token": "tester", "hf_other_token": "other", "hf_third_token": "third"}
+    )
+    failing: dict[str, list[int]] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     sent: int = 0
     down: bool = False
@@ -117,8 +127,9 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up is none."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
     hub: Hub
+    muted = False  # the work is done, the answer withheld
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -137,16 +148,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.down:
             self.close_connection = True
             return
-        for pattern, answer in (
-            (r"/api/agent-harnesses", self._harnesses),
-            (r"/api/models/([\w.-]+(?:/[\w.-]+)?)/tree/([^/]+)(?:/(.*))?", self._tree),
-            (r"/api/models/([\w.-]+(?:/[\w.-]+)?)/revision/(.+)", self._info),
-            (r"/api/models/([\w.-]+(?:/[\w.-]+)?)", self._info),
-            (r"/cdn/([\w.-]+(?:/[\w.-]+)?)/([0-9a-f]{40})/(.+)", self._cdn),
-            (r"/([\w.-]+(?:/[\w.-]+)?)/resolve/([^/]+)/(.+)", self._resolve),
+        for kind, pattern, answer in (
+            ("", r"/api/agent-harnesses", self._harnesses),
+            ("whoami", r"/api/whoami-v2", self._whoami),
+            ("discussions", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/discussions", self._discussions),
+            ("tree", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", self._tree),
+            ("info", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/revision/(.+)", self._info),
+            ("info", r"/api/models/([\w.-]+(?:/[\w.-]+)?)", self._info),
+            ("", r"/cdn/([\w.-]+(?:/[\w.-]+)?)/([0-9a-f]{40})/(.+)", self._cdn),
+            ("resolve", r"/([\w.-]+(?:/[\w.-]+)?)/resolve/(refs/pr/\d+|[^/]+)/(.+)", self._resolve),
         ):
             if match := re.fullmatch(pattern, path):
-                return answer(*match.groups())
+                return self._guarded(kind, partial(answer, *match.groups()))
         return self._error(404, "RepoNotFound")
 
     def _harnesses(self) -> None:
@@ -172,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found := self._find(repo_id, revision):
             sha, files = found
             siblings = [{"rfilename": name} for name in sorted(files)]
-            self._json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, "tags": []})
+            told = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, "tags": []}
+            self._json({**told, "disabled": True} if self.hub.repos[repo_id].disabled else told)
 
     def _tree(self, repo_id: str, revision: str, folder: str | None) -> None:
         if found := self._find(repo_id, revision):
@@ -251,13 +265,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[start : start + 2**16])
         self.hub.last = time.time()
 
-    def _json(self, value: object) -> None:
+    def _json(self, value: object, status: int = 200) -> None:
+        if self.muted:
+            return
         data = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     def _error(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:

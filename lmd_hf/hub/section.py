@@ -63,7 +63,8 @@ def place(card: str, body: str, **fields: str) -> str:
     before, after = (card, "") if old is None else (card[: old.start], card[old.stop :])
     gap = newline * (2 - _breaks_at_end(card)) if old is None and card else ""
     room = str(len(gap)) if old is None else old.fields.get("gap", "0")
-    begin = f"<!-- lmd:begin {' '.join(f'{name}={value}' for name, value in ({'v': VERSION} | fields).items())} gap={room} -->"
+    marks = " ".join(f"{name}={value}" for name, value in ({"v": VERSION} | fields | {"gap": room}).items())
+    begin = f"<!-- lmd:begin {marks} -->"
     if not _BEGIN.fullmatch(begin):
         raise ValueError(f"a marker takes letters, digits and .+-_ alone, got {begin!r}")
     end = "" if old is not None and not card[: old.stop].endswith(("\n", "\r")) else newline

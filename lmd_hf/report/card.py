@@ -7,25 +7,27 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from lmd_hf.records import MatrixReport, Settings
-from lmd_hf.report.findings import noise_ratio
+from lmd_hf.report.findings import extremes
+from lmd_hf.report.sparkline import sparklines
 from lmd_hf.report.text import ROLE_COLUMNS, by_role, coverage_line, matrix_label, role_row, rounded
 
 
 if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
-EXTREMES = 3
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
-def section(report: "Report") -> str:
-    """The whole section, from its heading to what it does not say; ends with a newline."""
+def section(report: "Report", *, figure: str | None = None) -> str:
+    """The whole section, from its heading to what it does not say; ends with a newline. `figure` is the address of the
+    layer × role map, shown with its numbers as text."""
     parts = [
         "## Layer Matrix Decomposition",
         _reading(report),
         f"**Coverage:** {escape(coverage_line(report.coverage))}.",
         "".join(f"- {escape(note)}\n" for note in report.coverage.notes),
         _roles(report),
+        _layers(report, figure),
         _extremes(report),
         _findings(report),
         _reproduce(report),
@@ -62,13 +64,23 @@ def _roles(report: "Report") -> str:
     )
 
 
+def _layers(report: "Report", figure: str | None) -> str:
+    """The picture, and under it (or alone) the same as text."""
+    drawn = sparklines(report.matrices)
+    if not drawn:
+        return ""
+    title = "Effective rank over the short side, from the first layer to the last"
+    picture = "" if figure is None else f"![{title}; latent dimension; capacity]({figure})\n\n"
+    return f"{picture}{title} (▁ 0, █ 1), and its range:\n\n```text\n{drawn}\n```"
+
+
 def _extremes(report: "Report") -> str:
-    ranked = sorted(((ratio, m) for m in report.matrices if (ratio := noise_ratio(m)) is not None), key=lambda i: i[0])
-    if len(ranked) < 2 * EXTREMES:
+    most, least = extremes(report.matrices)
+    if not most:
         return ""
     return (
-        f"**Most compressed** (participation ratio, against noise of the same shape): "
-        f"{_listed(ranked[:EXTREMES])}.  \n**Least compressed:** {_listed(ranked[: -EXTREMES - 1 : -1])}."
+        f"**Most compressed** (participation ratio, against noise of the same shape): {_listed(most)}.  \n"
+        f"**Least compressed:** {_listed(least)}."
     )
 
 

@@ -7,6 +7,7 @@ from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import Finding, MatrixReport
 
 
+EXTREMES = 3
 SLOW_DECAY = 0.9  # of the participation ratio of an i.i.d. matrix of the same shape, k/(1+β)
 
 
@@ -41,6 +42,14 @@ def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) 
             raw,
         ),
     )
+
+
+def extremes(matrices: tuple[MatrixReport, ...]) -> tuple[list[tuple[float, MatrixReport]], ...]:
+    """(most, least compressed): three each of (`noise_ratio`, matrix); none where there are fewer than six."""
+    ranked = sorted(((ratio, m) for m in matrices if (ratio := noise_ratio(m)) is not None), key=lambda item: item[0])
+    if len(ranked) < 2 * EXTREMES:
+        return [], []
+    return ranked[:EXTREMES], ranked[: -EXTREMES - 1 : -1]
 
 
 def noise_ratio(matrix: MatrixReport) -> float | None:

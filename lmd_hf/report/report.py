@@ -58,11 +58,11 @@ class Report:
 
         return text.table(self, limit=limit)
 
-    def card(self) -> str:
-        """The model-card section, Markdown."""
+    def card(self, *, figure: str | None = None) -> str:
+        """The model-card section, Markdown; with the address of its figure, the picture and the same as text."""
         from lmd_hf.report import card
 
-        return card.section(self)
+        return card.section(self, figure=figure)
 
     def plot(self, folder: str | Path | None = None) -> dict[str, Figure]:
         """{name: figure}: `spectra` by role and layer, `heatmap` layer × role; written as PNG if a folder is given."""

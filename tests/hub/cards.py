@@ -6,7 +6,7 @@ import random
 METADATA = [
     "license: mit\ntags:\n- a\n- b",
     "license: mit\ntags:\n  - a   # why\n  - 'b: c'\nlanguage: en",
-    "tags: [a, \"b\", c]  # flow\nlicense: mit",
+    'tags: [a, "b", c]  # flow\nlicense: mit',
     "tags: []\nlicense: mit",
     "tags: [\n  a,\n  b,\n]\nlicense: apache-2.0",
     "tags: text-generation\nlicense: mit",

@@ -106,7 +106,9 @@ def test_a_card_that_would_swallow_the_section_is_refused(body):
         place("# x\n\n" + body, BODY)
 
 
-@pytest.mark.parametrize("text", ["<!-- lmd:begin v=1 -->\nx\n", "<!-- lmd:begin v=1 -->\n<!-- lmd:begin v=1 -->\n" + END])
+@pytest.mark.parametrize(
+    "text", ["<!-- lmd:begin v=1 -->\nx\n", "<!-- lmd:begin v=1 -->\n<!-- lmd:begin v=1 -->\n" + END]
+)
 def test_broken_or_doubled_sections_are_for_a_person(text):
     for act in (find, remove, lambda card: place(card, BODY)):
         with pytest.raises(FormatError, match="by hand"):

@@ -1,0 +1,155 @@
+"""From a model to its card: look, decide, analyse, draft, decide again, write. A dry run ends before the last."""
+
+import difflib
+import io
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub import HfApi
+
+from lmd_hf import __version__
+from lmd_hf.api import analyze
+from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.hub import repository
+from lmd_hf.hub.etiquette import TITLE, Decision, Look, Marks, decide, refusal
+from lmd_hf.hub.metadata import add_tag
+from lmd_hf.hub.section import place
+from lmd_hf.report.summary import numbers_digest, summary_text, weights_digest
+from lmd_hf.weights.source import open_source
+
+
+if TYPE_CHECKING:
+    from lmd_hf.report.report import Report
+
+TAG = "lmd"
+FIGURE, SUMMARY = "lmd/heatmap.svg", "lmd/summary.json"
+How = Literal["dry", "pull", "push"]
+ROUNDS = 3  # of looking again because main has moved
+RENEW = "Renew the Layer Matrix Decomposition section"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What would be written: the card before and after, the files beside it, and notes on what was left alone."""
+
+    before: str
+    after: str
+    files: dict[str, bytes]
+    marks: Marks
+    notes: tuple[str, ...]
+
+    def diff(self) -> str:
+        """The change of the card as a unified diff."""
+        lines = difflib.unified_diff(
+            self.before.splitlines(keepends=True), self.after.splitlines(keepends=True), "README.md", "README.md"
+        )
+        return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model: `written` (with the address), `drafted` (a dry run) or `left` alone, and why."""
+
+    model: str
+    status: Literal["written", "drafted", "left"]
+    reason: str
+    url: str | None = None
+    draft: Draft | None = None
+
+
+def draft(card: str | None, report: "Report") -> Draft:
+    """The card with the section and the tag, and the files beside it, from a report alone.
+
+    Metadata that cannot be edited in place stays as it is, and `notes` says so. Raises `FormatError` as `place` does.
+    """
+    before = card or ""
+    files = report.model.files
+    marks = {
+        "lmd_hf": report.lmd_hf,
+        "commit": report.model.commit or "none",
+        "weights": weights_digest((file.name, file.sha256) for file in files) or "unknown",
+        "numbers": numbers_digest(report),
+    }
+    tagged, reason = add_tag(before, TAG)
+    figure = _heatmap(report)
+    body = report.card() if figure is None else report.card(figure=FIGURE)
+    after = place(tagged, body, **marks)
+    notes = () if reason is None else (f"tag not added: {reason}",)
+    beside = {SUMMARY: summary_text(report).encode(), **({} if figure is None else {FIGURE: figure})}
+    return Draft(before, after, {"README.md": after.encode(), **beside}, marks, notes)
+
+
+def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None) -> Outcome:
+    """Put the LMD section into a repository's card: as a diff (`dry`), a pull request (`pull`) or a commit (`push`).
+
+    Whatever was refused, opted out of or said before is left alone (`etiquette.decide`); weights are only read when
+    something may come of it. Raises `SourceError` where the repository cannot be read or written, `FormatError` for a
+    card that a person has to mend, `SettingsError` without a token where one is needed.
+    """
+    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    look = _look(api, model, how)
+    if how != "dry" and look.me is None:
+        raise SettingsError(f"{model}: writing needs a token with write access; `hf auth login`")
+    if no := refusal(look, force=force):
+        return Outcome(model, "left", no.reason)
+    identity = open_source(model, revision=look.commit, token=token).identity
+    weights = weights_digest((file.name, file.sha256) for file in identity.files)
+    if weights is not None:
+        early = decide(look, {"weights": weights, "lmd_hf": __version__}, force=force)
+        if early.action == "nothing":
+            return Outcome(model, "left", early.reason)
+    report = analyze(model, revision=look.commit, token=token)
+    if report.unread:
+        raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
+    for attempt in range(ROUNDS):
+        made = draft(look.card, report)
+        decision = decide(look, made.marks, force=force)
+        if decision.action == "nothing":
+            return Outcome(model, "left", decision.reason)
+        if how == "dry":
+            return Outcome(model, "drafted", decision.reason, draft=made)
+        now = _look(api, model, how)  # analysing takes minutes, in which others may have written
+        if now == look and (done := repository.tried(model, partial(_write, api, now, decision, made, how), attempt)):
+            return done
+        look = _look(api, model, how)  # an answer of 500 does not tell whether it was written
+        if look.commit != report.model.commit and _weights_at(look.commit, model, token) != weights:
+            raise SourceError(f"{model}: its weights were replaced meanwhile; run again")
+    raise SourceError(f"{model}: it keeps changing, or the Hub keeps failing; run again later")
+
+
+def _look(api: HfApi, model: str, how: How) -> Look:
+    """Whoever pushes to an own repository asks nobody: pull requests do not matter then."""
+    look = repository.look_at(api, model)
+    return replace(look, pulls=()) if how == "push" else look
+
+
+def _weights_at(commit: str, model: str, token: str | bool | None) -> str | None:
+    files = open_source(model, revision=commit, token=token).identity.files
+    return weights_digest((file.name, file.sha256) for file in files)
+
+
+def _write(api: HfApi, look: Look, decision: Decision, made: Draft, how: How) -> Outcome:
+    if how == "push":
+        info: Any = repository.push(api, look, made.files, commit_message=TITLE if look.marks is None else RENEW)
+        return Outcome(look.repo_id, "written", "committed to main", str(info.commit_url), made)
+    if decision.pull is not None:
+        repository.renew_pull(api, look, decision.pull, made.files, commit_message=RENEW)
+        url = f"{api.endpoint}/{look.repo_id}/discussions/{decision.pull}"
+        return Outcome(look.repo_id, "written", f"pull request #{decision.pull} renewed", url, made)
+    text = repository.DESCRIPTION.format(version=__version__, author=look.me, commit=look.commit)
+    info = repository.open_pull(api, look, made.files, commit_message=TITLE, description=text)
+    return Outcome(look.repo_id, "written", f"pull request #{info.pr_num} opened", info.pr_url, made)
+
+
+def _heatmap(report: "Report") -> bytes | None:
+    """The layer × role map as SVG, the same bytes for the same report: text, which a repository keeps without LFS."""
+    import matplotlib
+
+    figure = report.plot().get("heatmap")
+    if figure is None:
+        return None
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lmd_hf", "svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
