@@ -49,10 +49,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one model: `written` (with the address), `drafted` (a dry run) or `left` alone, and why."""
+    """What became of one model: `written` (with the address), `drafted` (a dry run), `left` alone or `failed`."""
 
     model: str
-    status: Literal["written", "drafted", "left"]
+    status: Literal["written", "drafted", "left", "failed"]
     reason: str
     url: str | None = None
     draft: Draft | None = None
