@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import hub_writes
 
@@ -155,6 +155,7 @@ class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
             ("tree", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", self._tree),
             ("info", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/revision/(.+)", self._info),
             ("info", r"/api/models/([\w.-]+(?:/[\w.-]+)?)", self._info),
+            ("list", r"/api/models", self._models),
             ("", r"/cdn/([\w.-]+(?:/[\w.-]+)?)/([0-9a-f]{40})/(.+)", self._cdn),
             ("resolve", r"/([\w.-]+(?:/[\w.-]+)?)/resolve/(refs/pr/\d+|[^/]+)/(.+)", self._resolve),
         ):
@@ -180,6 +181,12 @@ class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
             self._error(404, "RevisionNotFound")
             return None
         return sha, repo.commits[sha]
+
+    def _models(self) -> None:
+        asked = parse_qs(urlsplit(self.path).query)
+        author, words, limit = (asked.get(key, [""])[0] for key in ("author", "search", "limit"))
+        names = [n for n in self.hub.repos if n.startswith(f"{author}/" if author else "") and words in n]
+        self._json([{"_id": "0", "id": n, "modelId": n, "tags": []} for n in names[: int(limit or 1000)]])
 
     def _info(self, repo_id: str, revision: str | None = None) -> None:
         if found := self._find(repo_id, revision):

@@ -4,17 +4,19 @@ import difflib
 import io
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import HfApi
 
 from lmd_hf import __version__
 from lmd_hf.api import analyze
-from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.errors import FormatError, OutputError, SettingsError, SourceError
 from lmd_hf.hub import repository
 from lmd_hf.hub.etiquette import TITLE, Decision, Look, Marks, decide, refusal
 from lmd_hf.hub.metadata import add_tag
 from lmd_hf.hub.section import place
+from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.report.summary import numbers_digest, summary_text, weights_digest
 from lmd_hf.weights.source import open_source
 
@@ -116,6 +118,23 @@ def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | 
         if look.commit != report.model.commit and _weights_at(look.commit, model, token) != weights:
             raise SourceError(f"{model}: its weights were replaced meanwhile; run again")
     raise SourceError(f"{model}: it keeps changing, or the Hub keeps failing; run again later")
+
+
+def annotate_file(model: str, path: Path, *, token: str | bool | None = None) -> Draft:
+    """Put the section of any model that `analyze` reads into a local card, and `lmd/` beside it; the card is made if it
+    is not there. Raises what `analyze` and `draft` do, and `OutputError` where the folder takes no file."""
+    try:
+        card = path.read_bytes().decode() if path.exists() else None
+    except UnicodeDecodeError:
+        raise FormatError(f"{path}: not UTF-8, which the Hub requires; convert it first") from None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror}); give --to a file") from None
+    write_folder(path.parent, {})
+    made = draft(card, analyze(model, token=token))
+    files = {name: data for name, data in made.files.items() if name != "README.md"}
+    write_folder(path.parent / "lmd", {Path(name).name: bytes_writer(data) for name, data in files.items()})
+    write_folder(path.parent, {path.name: bytes_writer(made.files["README.md"])})
+    return made
 
 
 def _look(api: HfApi, model: str, how: How) -> Look:

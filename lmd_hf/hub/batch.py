@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from lmd_hf.errors import LmdError, SettingsError
 from lmd_hf.hub.annotate import How, Outcome, annotate
 from lmd_hf.hub.queue import Queue
-from lmd_hf.hub.repository import patiently
+from lmd_hf.hub.repository import patiently, told
 
 
 STATES = {"written": "done", "drafted": "done", "left": "left", "failed": "failed"}
@@ -32,9 +32,11 @@ def searched(
 ) -> list[str]:
     """The models of an author, or that a search finds on the Hub, most downloaded first."""
     api = HfApi(token=token)
-    return patiently(
-        lambda: [m.id for m in api.list_models(author=author, search=search, sort="downloads", limit=limit)]
-    )
+
+    def find() -> list[str]:
+        return [m.id for m in api.list_models(author=author, search=search, sort="downloads", limit=limit)]
+
+    return told(author or search or "the Hub", lambda: patiently(find))
 
 
 def annotate_each(

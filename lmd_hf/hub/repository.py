@@ -52,7 +52,7 @@ def look_at(api: HfApi, repo_id: str) -> Look:
         concern = tuple(p for p in pulls if p.marks is not None or p.number in titled)
         return Look(repo_id, commit, card, _marks(card), concern, me, bool(getattr(info, "disabled", False)))
 
-    return _told(repo_id, lambda: patiently(look))
+    return told(repo_id, lambda: patiently(look))
 
 
 def read_card(api: HfApi, repo_id: str, revision: str) -> str | None:
@@ -117,7 +117,7 @@ def tried(repo_id: str, write: Callable[[], T], attempt: int) -> T | None:
     """What a write gave; `None`, after a wait, where it failed in a way that looking again may mend: main has moved
     (412), 429 and 5xx. Raises `SourceError` for everything else."""
     try:
-        return _told(repo_id, write)
+        return told(repo_id, write)
     except _Transient as error:
         time.sleep(_wait(error.cause, attempt))
         return None
@@ -193,7 +193,8 @@ def _has_token(api: HfApi) -> bool:
     return isinstance(api.token, str) or get_token() is not None
 
 
-def _told(repo_id: str, call: Callable[[], T]) -> T:
+def told(repo_id: str, call: Callable[[], T]) -> T:
+    """The call, its errors as one line with the remedy."""
     try:
         return call()
     except GatedRepoError:

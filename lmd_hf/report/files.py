@@ -50,6 +50,11 @@ def text_writer(text: str) -> Writer:
     return lambda path: _write_text(path, text)
 
 
+def bytes_writer(data: bytes) -> Writer:
+    """A writer of bytes as they are."""
+    return lambda path: _write_bytes(path, data)
+
+
 def report_writers(report: Report) -> dict[str, Writer]:
     """The two files of a report."""
     return {JSON: text_writer(report.to_json()), PARQUET: lambda path: _write_parquet(report, path)}
@@ -111,6 +116,10 @@ def _with_spectra(matrices: tuple[Row, ...], table: Path) -> tuple[Row, ...]:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _write_parquet(report: Report | Comparison, path: Path) -> None:

@@ -1,0 +1,84 @@
+"""`lmd-hf annotate` and `lmd-hf job` as a user runs them."""
+
+import ast
+import json
+import time
+
+import pytest
+
+from lmd_hf.cli import run
+from lmd_hf.hub import section
+from lmd_hf.weights.source import EMBEDDED_ID
+
+
+@pytest.fixture
+def models(hub, save, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test_token")
+    files = {path.name: path.read_bytes() for path in save("llama").iterdir()}
+    names = [f"cli/m{i}-{time.time_ns() % 10**6}" for i in range(2)]
+    for name in names:
+        hub.add(name, {**files, "README.md": b"# x\n"})
+    return names
+
+
+def test_a_dry_run_prints_the_diff_and_writes_nothing(hub, models, capsys):
+    assert run(["annotate", models[0]]) == 0
+    shown = capsys.readouterr()
+    assert "+## Layer Matrix Decomposition" in shown.out
+    assert f"{models[0]}: drafted" in shown.err
+    assert not hub.repos[models[0]].pulls
+
+
+def test_pull_requests_for_a_list_and_the_table_at_the_end(hub, models, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("\n".join(models))
+    queue = str(tmp_path / "q.sqlite")
+    assert run(["annotate", "--from-file", str(tmp_path / "list.txt"), "--queue", queue, "--create-pr"]) == 0
+    assert [len(hub.repos[name].pulls) for name in models] == [1, 1]
+    assert capsys.readouterr().out.count("pull request #1 opened") == 2
+    assert run(["annotate", "--queue", queue, "--create-pr", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_an_author_s_models_are_found_and_json_tells_all(hub, models, capsys):
+    assert run(["annotate", "--author", "cli", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {outcome["model"] for outcome in told} >= set(models)
+    assert all(outcome["status"] == "drafted" and outcome["diff"] for outcome in told)
+
+
+def test_a_failure_is_an_exit_code_and_one_line(hub, models, tmp_path, capsys):
+    hub.repos[models[0]].gated = True
+    hub.token = "another"
+    assert run(["annotate", *models]) == 1
+    assert f"1 of 2 models failed, first {models[0]}: gated" in capsys.readouterr().err
+
+
+def test_a_skip_list_and_nothing_at_all(hub, models, tmp_path, capsys):
+    (tmp_path / "skip.txt").write_text(models[0])
+    assert run(["annotate", models[0], "--skip-list", str(tmp_path / "skip.txt")]) == 0
+    assert "on the skip list" in capsys.readouterr().err
+    assert run(["annotate"]) == 1
+    assert "no model to annotate" in capsys.readouterr().err
+
+
+def test_a_local_card_is_edited_and_edited_again_without_a_change(tmp_path, capsys):
+    card = tmp_path / "README.md"
+    card.write_bytes(b"---\r\nlicense: mit\r\n---\r\n# Mine\r\n")
+    assert run(["annotate", EMBEDDED_ID, "--to", str(card)]) == 0
+    once = card.read_bytes()
+    assert section.remove(once.decode()).startswith("---\r\nlicense: mit\r\ntags:\r\n- lmd\r\n---\r\n# Mine\r\n")
+    assert json.loads((tmp_path / "lmd" / "summary.json").read_text())["schema"] == "lmd-summary/1"
+    assert (tmp_path / "lmd" / "heatmap.svg").is_file()
+    assert run(["annotate", EMBEDDED_ID, "--to", str(card)]) == 0
+    assert card.read_bytes() == once
+    assert run(["annotate", EMBEDDED_ID, EMBEDDED_ID + "2", "--to", str(card)]) == 1
+
+
+def test_a_job_is_a_script_that_holds_its_list(tmp_path, capsys):
+    (tmp_path / "list.txt").write_text('org/a\norg/"b\n')
+    assert run(["job", str(tmp_path / "list.txt")]) == 0
+    text = capsys.readouterr().out
+    tree = ast.parse(text)
+    (models,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "MODELS"]
+    assert ast.literal_eval(models) == ["org/a", 'org/"b']
+    assert '# dependencies = ["lmd-hf==' in text
