@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmd_hf.api import analyze, compare, plan
     from lmd_hf.errors import LmdError
+    from lmd_hf.evidence import Thresholds
     from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
     from lmd_hf.records import Settings
@@ -25,12 +26,14 @@ _HOMES = {
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
+    "Thresholds": "lmd_hf.evidence",
 }
 __all__ = [
     "Comparison",
     "LmdError",
     "Report",
     "Settings",
+    "Thresholds",
     "__version__",
     "analyze",
     "compare",
