@@ -4,16 +4,14 @@ import dataclasses
 import math
 
 from lmd_hf import __version__
+from lmd_hf.evidence import Convergence
 from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
 from lmd_hf.report.report import SCHEMA, Report
 from lmd_hf.weights.inventory import pieces
 
 
-NO_EVIDENCE = {"verdict": "unknown", "evidence": []}
-
-
-def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Report:
+def build_report(identity: ModelIdentity, plan: Plan, results: Results, convergence: Convergence) -> Report:
     """The report of one model; its coverage adds up to every stored parameter, or this raises `AssertionError`."""
     return Report(
         schema=SCHEMA,
@@ -24,7 +22,7 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Repor
         matrices=results.matrices,
         heads=(),
         findings=find(results.matrices),
-        convergence=NO_EVIDENCE,
+        convergence=convergence,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
     )

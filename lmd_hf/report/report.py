@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmd_hf.errors import FormatError
+from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
 from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
 from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
 
@@ -31,7 +32,7 @@ class Report:
     matrices: tuple[MatrixReport, ...]
     heads: tuple[dict[str, Any], ...]
     findings: tuple[Finding, ...]
-    convergence: dict[str, Any]
+    convergence: Convergence
     environment: dict[str, Any]
     timing: dict[str, float]
 
@@ -65,7 +66,8 @@ class Report:
         return card.section(self)
 
     def plot(self, folder: str | Path | None = None) -> dict[str, Figure]:
-        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role; written as PNG if a folder is given."""
+        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role, `capacity` against expressivity; written
+        as PNG if a folder is given."""
         from lmd_hf.report import plots
 
         figures = plots.figures(self)
@@ -146,5 +148,18 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
         ),
         "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
         "heads": tuple(values["heads"]),
+        "convergence": _convergence(values["convergence"]),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }
+
+
+def _convergence(values: dict[str, Any]) -> Convergence:
+    return Convergence(
+        values["verdict"],
+        tuple(Evidence(**{**piece, "layers": _layers(piece["layers"])}) for piece in values["evidence"]),
+        _layers(values.get("layers", [])),  # reports of the first versions have none
+    )
+
+
+def _layers(values: list[dict[str, Any]]) -> tuple[LayerVerdict, ...]:
+    return tuple(LayerVerdict(**layer) for layer in values)
