@@ -146,13 +146,53 @@ class Alias:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every stored parameter of a model, once: selected + skipped + stored aliases add up to `parameters`."""
+    """Every stored parameter of a model, once: selected + skipped + stored aliases add up to `parameters`.
+
+    `config` is config.json, with transformers' own defaults filled in where its module tree was built.
+    """
 
     selected: tuple[MatrixRef, ...]
     skipped: tuple[Skipped, ...]
     aliases: tuple[Alias, ...]
     parameters: int
     notes: tuple[str, ...]
+    config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows start…stop of a matrix W (of an o: columns), which one head has to itself. With `after`, a low-rank pair: W
+    is applied to what those rows of another matrix give."""
+
+    ref: MatrixRef
+    start: int
+    stop: int
+    after: HeadRows | None = None
+
+
+@dataclass(frozen=True)
+class HeadRef:
+    """One attention head: W_Q and W_K (the parts of `q` and `k`, one below the other, in the same order), W_V, W_O.
+
+    `scale` multiplies the scores. `name` is that of the tensor with its queries. What the model does beside: `biases`
+    (roles that have one), `qk_norm` (norms of queries or keys), `soft_cap` on the scores, `rotary` positions.
+    """
+
+    name: str
+    stack: str
+    layer: int | None
+    block: str
+    head: int
+    kv_head: int
+    q: tuple[HeadRows, ...]
+    k: tuple[HeadRows, ...]
+    v: HeadRows
+    o: HeadRows
+    scale: float
+    biases: tuple[str, ...]
+    qk_norm: bool
+    soft_cap: float | None
+    rotary: bool
 
 
 @dataclass(frozen=True)
