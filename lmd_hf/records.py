@@ -269,7 +269,8 @@ class MatrixReport:
     """All numbers of one matrix. A number that does not apply is `None`.
 
     Norms, ranks and `singular_values` describe S', the spectrum in the metric used (σ(W) under `identity`);
-    `numerical_rank` and the noise figures (`mp_…`) are always those of σ(W). `singular_value_ranks` is `None` when
+    `numerical_rank` and the noise figures (`mp_…`) are always those of σ(W). `log_volume` is Σ ln σ over the leading
+    `latent_dim` values. `singular_value_ranks` is `None` when
     `singular_values` holds the whole spectrum, else the 1-based ranks of the values that are kept.
 
     `kernel` is what was planned, `method` what ran. Where that is `krylov+quadrature`, `singular_values` are the
@@ -314,6 +315,7 @@ class MatrixReport:
     singular_value_ranks: tuple[int, ...] | None
     singular_values: np.ndarray = field(compare=False, repr=False)
     intervals: dict[str, tuple[float, float]] | None = None
+    log_volume: float | None = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class Report:
         return card.section(self)
 
     def plot(self, folder: str | Path | None = None) -> dict[str, Figure]:
-        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role; written as PNG if a folder is given."""
+        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role, `capacity` against expressivity; written
+        as PNG if a folder is given."""
         from lmd_hf.report import plots
 
         figures = plots.figures(self)
