@@ -22,6 +22,7 @@ from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
+from lmd_hf.run.heads import with_heads
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
@@ -55,6 +56,7 @@ def analyze(
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    heads: bool = False,
     rank: int = 0,
     device: str = "auto",
     factors: str | Path | None = None,
@@ -80,6 +82,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    heads: bool = False,
     rank: int = 0,
     device: str = "auto",
     factors: str | Path | None = None,
@@ -92,6 +95,9 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     and not kept; `download` keeps whole files in the cache. A PEFT LoRA adapter gives one row for each pair, the update
     that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
     the updates added. The keywords after that are the fields of `Settings`.
+
+    With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected; heads
+    that cannot be formed are notes of the coverage.
 
     With `rank` and `factors`, the rank that has a matrix also writes its leading axes into that folder, one safetensors
     file each: `projection` (U·Odist), `s` (S') and `similarity` (Idist·Vᵀ), as `lmd_hf.decompose` gives them (of
@@ -112,6 +118,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         roles=tuple(roles),
         layers=layers,
         match=match,
+        heads=heads,
         rank=rank,
         device=device,
     )
@@ -147,6 +154,8 @@ def _analyze_one(
             with _progress("decomposing", todo.works, world) as progress:
                 output = Output(journal, factors)
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
+            if settings.heads:
+                results = with_heads(results, todo, source, world=world)
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)

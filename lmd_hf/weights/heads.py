@@ -48,6 +48,12 @@ def list_heads(inventory: Inventory) -> tuple[tuple[HeadRef, ...], tuple[Unforme
     return tuple(heads), tuple(unformed)
 
 
+def head_matrices(head: HeadRef) -> tuple[MatrixRef, ...]:
+    """Every matrix that a head has a share of."""
+    rows = [*head.q, *head.k, head.v, head.o]
+    return tuple(dict.fromkeys(each.ref for own in rows for each in (own, own.after) if each is not None))
+
+
 def unformed_notes(unformed: Iterable[Unformed]) -> tuple[str, ...]:
     """One line for each reason: how many attentions it concerns, and the first of them."""
     names: dict[str, list[str]] = {}
