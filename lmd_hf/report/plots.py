@@ -2,7 +2,7 @@
 expressivity. No state, no display."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lmd_hf.changes import MatrixChange
-from lmd_hf.records import MatrixReport
+from lmd_hf.records import HeadReport, MatrixReport
+from lmd_hf.report.heads import grids
 from lmd_hf.report.plain import Row
 from lmd_hf.report.text import by_role
 
@@ -50,6 +51,8 @@ def figures(report: "Report") -> dict[str, Figure]:
         result["capacity"] = capacity(report)
     if any(matrix.layer is not None for matrix in report.matrices):
         result["heatmap"] = heatmap(report.matrices, MEASURES, report.model.id)
+    if any(head.layer is not None for head in report.heads):
+        result["heads"] = head_map(report.heads, report.model.id)
     return result
 
 
@@ -177,6 +180,28 @@ def heatmap(matrices: tuple[Row, ...], measures: dict[str, Callable[[Row], float
             axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes)
     figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def head_map(heads: Sequence[HeadReport], title: str) -> Figure:
+    """Layer × head, a row of panels for each stack and block, one panel a measure."""
+    rows = grids(heads)
+    tall = sum(0.8 + 0.2 * max(len(next(iter(panels.values()))), 4) for panels in rows.values())
+    figure = Figure(figsize=(3.2 * COLUMNS, 1.2 + tall), layout="constrained")
+    for row, (name, panels) in enumerate(rows.items()):
+        for column, (measure, grid) in enumerate(panels.items()):
+            axes = figure.add_subplot(len(rows), len(panels), row * len(panels) + column + 1)
+            low = {"eigenvalue": -1, "copying": -1}.get(measure.split()[0], 0)
+            high = None if measure.startswith("participation") else 1
+            image = axes.imshow(grid, aspect="auto", cmap=COLORMAP, interpolation="nearest", vmin=low, vmax=high)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_title(measure, fontsize="medium")
+            axes.set_xlabel("head")
+            if column == 0:
+                axes.set_ylabel(f"layer ({name})" if len(rows) > 1 else "layer")
+            figure.colorbar(image, ax=axes)
+    figure.suptitle(f"Attention heads: {title}", fontsize="medium")
     return figure
 
 
