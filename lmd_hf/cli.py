@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         for field in dataclasses.fields(_settings()):
             _add_setting(named_models, field)
+    judged = argparse.ArgumentParser(add_help=False)
+    verdict = judged.add_argument_group("the verdict on convergence")
+    verdict.add_argument(
+        "--before", metavar="MODEL", help="an earlier checkpoint: a folder, a Hub id, id@revision or @revision"
+    )
+    for field in dataclasses.fields(_thresholds()):
+        _add_setting(verdict, field)
     written = argparse.ArgumentParser(add_help=False)
     written.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.json, matrices.parquet and figures there"
@@ -116,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     fetched = argparse.ArgumentParser(add_help=False)
     fetched.add_argument("--download", action="store_true", help="keep whole weight files in the Hub's cache")
     analyze = commands.add_parser(
-        "analyze", parents=[several, fetched, written], help="decompose every matrix of a model, or of several"
+        "analyze", parents=[several, fetched, judged, written], help="decompose every matrix of a model, or of several"
     )
     analyze.set_defaults(run=_analyze)
     compare = commands.add_parser("compare", parents=[common], help="what changed from one model to another")
@@ -134,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("model", nargs="?", default="", metavar="MODEL", help="clear only this model's")
     cache.set_defaults(run=_cache)
     card = commands.add_parser(
-        "card", parents=[model, fetched], help="the model-card section, of a model, a report.json or a compare.json"
+        "card",
+        parents=[model, fetched, judged],
+        help="the model-card section, of a model, a report.json or a compare.json",
     )
     card.set_defaults(run=_card)
     add_annotate(commands, common)
@@ -148,15 +157,24 @@ def _settings() -> Any:
     return Settings
 
 
+def _thresholds() -> Any:
+    from lmd_hf.evidence import Thresholds
+
+    return Thresholds
+
+
 def _comparison_settings() -> "list[dataclasses.Field[Any]]":
     """The settings that mean something for two models."""
     return [f for f in dataclasses.fields(_settings()) if f.name in ("roles", "layers", "match", "device")]
 
 
-def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
+def _add_setting(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", field: "dataclasses.Field[Any]") -> None:
+    if isinstance(field.default, bool):
+        parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
+        return
     is_list = isinstance(field.default, tuple)
     parser.add_argument(
-        f"--{field.name}",
+        f"--{field.name.replace('_', '-')}",
         default=field.default,
         choices=field.metadata.get("choices"),
         type=_comma_list if is_list else type(field.default),
@@ -209,7 +227,9 @@ def _run_analysis(options: argparse.Namespace, model: str, **shared: Any) -> Any
 
 
 def _where(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base")}
+    named = {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base", "before")}
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(_thresholds())}
+    return named | {"thresholds": _thresholds()(**values)}
 
 
 def _analyze_several(options: argparse.Namespace, world: Any) -> None:

@@ -101,7 +101,7 @@ def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | 
         early = decide(look, {"weights": weights, "lmd_hf": __version__}, force=force)
         if early.action == "nothing":
             return Outcome(model, "left", early.reason)
-    report = analyze(model, revision=look.commit, token=token)
+    report = analyze(model, revision=look.commit, heads=True, token=token)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
     for attempt in range(ROUNDS):
@@ -130,7 +130,7 @@ def annotate_file(model: str, path: Path, *, token: str | bool | None = None) ->
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror}); give --to a file") from None
     write_folder(path.parent, {})
-    made = draft(card, analyze(model, token=token))
+    made = draft(card, analyze(model, heads=True, token=token))
     files = {name: data for name, data in made.files.items() if name != "README.md"}
     write_folder(path.parent / "lmd", {Path(name).name: bytes_writer(data) for name, data in files.items()})
     write_folder(path.parent, {path.name: bytes_writer(made.files["README.md"])})

@@ -4,16 +4,14 @@ import dataclasses
 import math
 
 from lmd_hf import __version__
+from lmd_hf.evidence import Convergence
 from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
 from lmd_hf.report.report import SCHEMA, Report
 from lmd_hf.weights.inventory import pieces
 
 
-NO_EVIDENCE = {"verdict": "unknown", "evidence": []}
-
-
-def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Report:
+def build_report(identity: ModelIdentity, plan: Plan, results: Results, convergence: Convergence) -> Report:
     """The report of one model; its coverage adds up to every stored parameter, or this raises `AssertionError`."""
     return Report(
         schema=SCHEMA,
@@ -22,9 +20,9 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Repor
         settings=dataclasses.asdict(plan.settings) | {"roles": list(plan.settings.roles)},
         coverage=_coverage(plan, results),
         matrices=results.matrices,
-        heads=(),
+        heads=results.heads,
         findings=find(results.matrices),
-        convergence=NO_EVIDENCE,
+        convergence=convergence,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
     )
@@ -38,4 +36,4 @@ def _coverage(plan: Plan, results: Results) -> Coverage:
     passed = sum(math.prod(s.shape) for s in skipped) + sum(math.prod(a.shape) for a in aliases if a.stored)
     assert decomposed + passed == plan.parameters, "every stored parameter must be accounted for"
     fraction = decomposed / plan.parameters if plan.parameters else 0.0
-    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, plan.notes)
+    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, (*plan.notes, *results.notes))

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from lmd_hf.records import MatrixReport, Settings
+from lmd_hf.report import heads
 from lmd_hf.report.findings import extremes
 from lmd_hf.report.sparkline import sparklines
-from lmd_hf.report.text import ROLE_COLUMNS, by_role, coverage_line, matrix_label, role_row, rounded
+from lmd_hf.report.text import (
+    ROLE_COLUMNS,
+    by_role,
+    convergence_lines,
+    coverage_line,
+    matrix_label,
+    role_row,
+    rounded,
+)
 
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ def section(report: "Report", *, figure: str | None = None) -> str:
         _roles(report),
         _layers(report, figure),
         _extremes(report),
+        heads.section(report.heads),
         _findings(report),
         _reproduce(report),
         "**What this does not say.** These numbers come from the weights alone. They do not measure quality, safety or "
@@ -107,13 +117,14 @@ def _findings(report: "Report") -> str:
         )
         for finding in report.findings
     ]
-    return "\n".join([*lines, f"- *convergence*: {report.convergence['verdict']}"])
+    verdict, *evidence = map(escape, convergence_lines(report.convergence))
+    return "\n".join([*lines, f"- *convergence*: {verdict}", *(f"  - {piece}" for piece in evidence)])
 
 
 def _reproduce(report: "Report") -> str:
     model, settings = report.model, report.settings
     options = "".join(
-        f" --{name} {','.join(value) if isinstance(value, list) else value}"
+        f" --{name}" + ("" if value is True else f" {','.join(value) if isinstance(value, list) else value}")
         for name, value in settings.items()
         if value and name != "device" and value != DEFAULTS.get(name)
     )

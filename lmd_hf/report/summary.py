@@ -3,10 +3,11 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmd_hf.records import MatrixReport
+from lmd_hf.records import HeadReport, MatrixReport
+from lmd_hf.report import heads
 from lmd_hf.report.findings import extremes
 from lmd_hf.report.plain import plain, to_text
 from lmd_hf.report.text import by_role
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 SCHEMA = "lmd-summary/1"
 MEASURES = ("effective_rank", "effective_rank_energy", "latent_dim", "stable_rank", "capacity_log10", "error_bound")
+HEAD_MEASURES = (
+    "qk_participation_ratio",
+    "qk_symmetric_energy",
+    "qk_eigenvalue_score",
+    "inverse_temperature",
+    "copying_score",
+)
 PROVENANCE = ("lmd_hf", "model")  # what may change while every number stays
 
 
@@ -44,7 +52,9 @@ def summarise(report: "Report") -> dict[str, Any]:
             {"signature": f.signature, "status": f.status, "threshold": f.threshold, "matrices": len(f.matrices)}
             for f in report.findings
         ],
+        "matrices": len(report.matrices),
         "convergence": plain(report.convergence),
+        "heads": _heads(report.heads),
     }
 
 
@@ -77,6 +87,18 @@ def _role(role: str, matrices: list[MatrixReport]) -> dict[str, Any]:
         "matrices": len(matrices),
         **{name: _spread([getattr(matrix, name) for matrix in matrices]) for name in MEASURES},
         "effective_rank_share_by_layer": {str(k): statistics.median(v) for k, v in sorted(layers.items())},
+    }
+
+
+def _heads(found: Sequence[HeadReport]) -> dict[str, Any] | None:
+    if not found:
+        return None
+    return {
+        "heads": len(found),
+        **{name: _spread([getattr(head, name) for head in found]) for name in HEAD_MEASURES},
+        "auto_associative": len(heads.auto_associative(found)),
+        "copying": len(heads.copiers(found)),
+        "conventions": heads.conventions(found),
     }
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lmd_hf.matrix import capacity, dimension, noise
+from lmd_hf.matrix.activation import ATTENTION_DEGREE, effective_degree, energy_degree
 from lmd_hf.matrix.kernels import spectrum_of
 from lmd_hf.matrix.metrics import norm
 from lmd_hf.matrix.spectrum import Spectrum, interval_of, variants
@@ -168,6 +169,7 @@ def _numbers(ref: MatrixRef, s: np.ndarray, raw: np.ndarray, rounding: Rounding,
         "latent_dim_rule": rule,
         "capacity_log10": capacity.capacity_log10(participation, degree),
         "expressivity": dimension.expressivity(s, min(ref.shape)),
+        "log_volume": dimension.log_volume(s, latent),
         **(_noise(raw, max(ref.shape)) if not product else dict.fromkeys(NOISE)),
     }
 
@@ -186,13 +188,16 @@ def _noise(raw: np.ndarray, n: int) -> Numbers:
 
 @lru_cache(maxsize=256)
 def _degrees(activation: str | None, gated: bool) -> tuple[int, float | None]:
-    """(energy degree, effective degree) of an MLP's activation; those of the classical network elsewhere."""
-    if activation is None:
-        return capacity.energy_degree(None), None
-    function = ACTIVATIONS.get(activation) or _imported(activation)
+    """(energy degree, effective degree) of an MLP's activation; those of the classical network elsewhere.
+
+    An activation with parameters of its own (PReLU, xIELU) has the growth of any value of theirs, and no effective
+    degree that its name alone would tell.
+    """
+    function = None if activation is None else ACTIVATIONS.get(activation) or _imported(activation)
     if function is None:
-        return capacity.energy_degree(None), None
-    return capacity.energy_degree(function, gated=gated), capacity.effective_degree(function)
+        return ATTENTION_DEGREE, None
+    learned = isinstance(function, nn.Module) and any(True for _ in function.parameters())
+    return energy_degree(function, gated=gated), None if learned else effective_degree(function)
 
 
 def _imported(activation: str) -> Callable[[Tensor], Tensor] | None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from lmd_hf import Report, analyze
 from lmd_hf.errors import FormatError, OutputError, SourceError
+from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
 from lmd_hf.records import Alias, Coverage, Skipped
 from lmd_hf.report import findings, text
 from lmd_hf.report.card import escape
@@ -47,6 +48,7 @@ def test_the_schema_accepts_reports_and_nothing_else(report, wide):
         {"matrices": [{}]},
         {"extra": 1},
         {"convergence": {"verdict": "good"}},
+        {"convergence": {"verdict": "stable", "evidence": [{}]}},
     ):
         assert not validator.is_valid({**json.loads(report.to_json()), **damage})
 
@@ -61,6 +63,26 @@ def test_json_round_trip_is_exact(report, wide):
         again = Report.from_json(each.to_json())
         assert again.to_json() == each.to_json()
     assert Report.from_json(report.to_json()) == report
+
+
+def test_reports_of_before_evidence_are_read_as_they_were(report):
+    values = {**json.loads(report.to_json()), "convergence": {"verdict": "unknown", "evidence": []}}
+    for matrix in values["matrices"]:
+        del matrix["log_volume"]
+    old = Report.from_dict(values)
+    assert (old.convergence, old.matrices[0].log_volume) == (Convergence(), None)
+    assert "convergence: unknown\n  no evidence was found" in old.summary()
+
+
+def test_evidence_survives_json_and_is_inert_in_a_card(report):
+    layers = (LayerVerdict("", 0, "unstable", {"spectrum_change": 0.5}), LayerVerdict("", None, "stable"))
+    piece = Evidence("checkpoints", "org/<b>x</b>", "stable", "moved | `a`", {"n": None}, {"n": 0.1}, layers)
+    told = replace(report, convergence=Convergence("stable", (piece,), layers))
+    again = Report.from_json(told.to_json())
+    assert again.convergence == told.convergence
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(told.to_json()))
+    assert "convergence: stable; unstable by themselves: layers 0" in told.summary()
+    assert "  - checkpoints (org/&lt;b&gt;x&lt;/b&gt;): stable, moved \\| \\`a\\`" in told.card()
 
 
 def test_json_keeps_512_values_with_both_ends_and_parquet_all(wide, tmp_path):
@@ -126,7 +148,8 @@ def test_summary_shows_coverage_findings_and_convergence(report):
     assert "slow decay: found" in summary
     assert "not converged: found" in summary
     assert "high intrinsic dimension: not measured" in summary
-    assert "convergence: unknown" in summary
+    assert "convergence: unstable" in summary  # its weights are random
+    assert re.search(r"  weights: unstable, \d+ of \d+ matrices cannot be told from i.i.d. noise", summary)
 
 
 def test_coverage_says_100_percent_only_when_nothing_is_missing():
@@ -202,8 +225,8 @@ def test_the_card_makes_no_quality_claim(report):
 
 def test_figures_show_every_role_and_layer(report, tmp_path):
     figures = report.plot(tmp_path)
-    assert set(figures) == {"spectra", "heatmap"}
-    assert {p.name for p in tmp_path.iterdir()} == {"spectra.png", "heatmap.png"}
+    assert set(figures) == {"spectra", "capacity", "heatmap"}
+    assert {p.name for p in tmp_path.iterdir()} == {"spectra.png", "capacity.png", "heatmap.png"}
     titles = [axes.get_title() for axes in figures["spectra"].axes]
     assert [t for t in titles if t] == [role for role, _ in text.by_role(report.matrices)]
     lines = sum(len(axes.get_lines()) for axes in figures["spectra"].axes)
@@ -213,8 +236,24 @@ def test_figures_show_every_role_and_layer(report, tmp_path):
     assert (tmp_path / "again" / "spectra.png").read_bytes() == (tmp_path / "spectra.png").read_bytes()
 
 
+def test_the_plane_has_a_mark_for_every_capacity(report):
+    axes, *_ = report.plot()["capacity"].axes
+    marks = np.concatenate([group.get_offsets() for group in axes.collections])
+    known = [(m.expressivity, m.capacity_log10) for m in report.matrices if m.capacity_log10 is not None]
+    assert sorted(map(tuple, marks.tolist())) == sorted(known)
+    assert len(axes.collections) == len(text.by_role(report.matrices))
+    labels = [group.get_label() for group in axes.collections]
+    assert "moe router (0 of 2)" in labels  # two directions are too few for a capacity
+    assert f"attention q ({sum(m.role == 'q' for m in report.matrices)})" in labels
+
+
 def test_a_report_without_layers_has_no_heatmap(tmp_path):
     save_file({"head.weight": torch.randn(5, 9)}, tmp_path / "model.safetensors")
+    assert set(analyze(tmp_path).plot()) == {"spectra", "capacity"}
+
+
+def test_a_report_without_capacities_has_no_plane(tmp_path):
+    save_file({"head.weight": torch.randn(2, 9)}, tmp_path / "model.safetensors")
     assert set(analyze(tmp_path).plot()) == {"spectra"}
 
 
