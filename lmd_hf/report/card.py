@@ -81,7 +81,7 @@ def _layers(report: "Report", figure: str | None) -> str:
         return ""
     title = "Effective rank over the short side, from the first layer to the last"
     picture = "" if figure is None else f"![{title}; latent dimension; capacity]({figure})\n\n"
-    return f"{picture}{title} (▁ 0, █ 1), and its range:\n\n```text\n{drawn}\n```"
+    return f"{picture}{title} (▁ 0, █ 1):\n\n```text\n{drawn}\n```"
 
 
 def _extremes(report: "Report") -> str:

@@ -13,7 +13,7 @@ WIDEST = 48  # characters: the layers of a deeper model are joined, evenly
 
 
 def sparklines(matrices: Iterable[MatrixReport]) -> str:
-    """Effective rank as a share of the short side, layer by layer, from 0 (▁) to 1 (█); the ends in numbers.
+    """Effective rank as a share of the short side, layer by layer, from 0 (▁) to 1 (█).
 
     Roles without numbered layers have no line; "" where none has.
     """
@@ -25,9 +25,9 @@ def sparklines(matrices: Iterable[MatrixReport]) -> str:
                 layers.setdefault(matrix.layer, []).append(matrix.effective_rank / min(matrix.shape))
         if len(layers) > 1:
             shares = [statistics.median(layers[layer]) for layer in sorted(layers)]
-            lines.append((role, "".join(map(_level, _joined(shares))), f"{min(shares):.2f}–{max(shares):.2f}"))
-    width = max((len(role) for role, _, _ in lines), default=0)
-    return "\n".join(f"{role:{width}}  {drawn}  {ends}" for role, drawn, ends in lines)
+            lines.append((role, "".join(map(_level, _joined(shares)))))
+    width = max((len(role) for role, _ in lines), default=0)
+    return "\n".join(f"{role:{width}}  {drawn}" for role, drawn in lines)
 
 
 def _level(share: float) -> str:
