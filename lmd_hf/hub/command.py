@@ -1,9 +1,12 @@
-"""`lmd-hf annotate` and `lmd-hf job`: their options, and what they print. Torch is imported by the work alone."""
+"""`lmd-hf annotate`, `webhook` and `job`: their options, and what they print. Torch is imported by the work alone."""
 
 import argparse
 import dataclasses
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +42,14 @@ def add_annotate(commands: Any, common: argparse.ArgumentParser) -> None:
         help="keep the list and what became of each in this SQLite file, and go on there after an interruption",
     )
     parser.set_defaults(run=annotate_command)
+    webhook = commands.add_parser(
+        "webhook", parents=[common], help="annotate models when the Hub says that they changed"
+    )
+    webhook.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1)")
+    webhook.add_argument("--port", type=int, default=7860, help="port to serve on (default: 7860)")
+    webhook.add_argument("--queue", type=Path, default=Path("lmd-queue.sqlite"), metavar="FILE", help="SQLite file")
+    webhook.add_argument("--skip-list", type=Path, metavar="FILE", help="models to leave alone, one a line")
+    webhook.set_defaults(run=webhook_command)
     job = commands.add_parser("job", parents=[common], help="a script that annotates models on Hugging Face Jobs")
     job.add_argument("list", type=Path, metavar="LIST", help="a text file, one model a line")
     job.set_defaults(run=job_command)
@@ -137,6 +148,27 @@ def _plain(outcome: "Outcome") -> dict[str, Any]:
     draft = outcome.draft
     told = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome) if field.name != "draft"}
     return told | ({} if draft is None else {"diff": draft.diff(), "marks": draft.marks, "notes": list(draft.notes)})
+
+
+def webhook_command(options: argparse.Namespace) -> None:
+    """Serve until interrupted; WEBHOOK_SECRET holds the secret."""
+    from lmd_hf.hub.batch import listed
+    from lmd_hf.hub.queue import Queue
+    from lmd_hf.hub.webhook import PATH, serving
+
+    skip = listed(options.skip_list) if options.skip_list is not None else []
+    chosen = {"how": "pull", "skip": skip}
+    secret = os.environ.get("WEBHOOK_SECRET", "")
+    with serving(Queue(options.queue), secret=secret, host=options.host, port=options.port, options=chosen) as server:
+        address = f"http://{options.host}:{server.server_address[1]}"
+        told = {"webhook": f"{address}{PATH}", "status": f"{address}/status"}
+        print(
+            json.dumps(told) if options.json else f"webhooks: {told['webhook']}  status: {told['status']}", flush=True
+        )
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        signal.signal(signal.SIGINT, lambda *_: stopped.set())
+        stopped.wait()
 
 
 def job_command(options: argparse.Namespace) -> None:

@@ -89,6 +89,10 @@ class Queue:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as file:
+                file.execute(
+                    "PRAGMA journal_mode = WAL"
+                )  # readers wait for nobody, and a killed writer leaves no trace
+                file.execute("PRAGMA synchronous = NORMAL")
                 file.execute("BEGIN IMMEDIATE")
                 file.execute(_TABLE)
                 yield file
