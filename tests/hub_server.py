@@ -142,7 +142,7 @@ class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
         pass
 
     def _route(self) -> None:
-        path = unquote(self.path.partition("?")[0])
+        path = hub_writes.one_kind(unquote(self.path.partition("?")[0]))
         time.sleep(self.hub.latency)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         if self.hub.down:

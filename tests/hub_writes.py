@@ -36,11 +36,12 @@ class Writes:
     then answers so."""
 
     def do_POST(self) -> None:
-        path, query = unquote(urlsplit(self.path).path), parse_qs(urlsplit(self.path).query)
+        path, query = one_kind(unquote(urlsplit(self.path).path)), parse_qs(urlsplit(self.path).query)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append(("POST", path, ""))
         for kind, pattern, answer in (
             ("validate", r"/api/validate-yaml", self._validate),
+            ("create", r"/api/repos/create", self._create),
             ("preupload", rf"/api/models/{NAME}/preupload/(.+)", self._preupload),
             ("commit", rf"/api/models/{NAME}/commit/(.+)", self._commit),
             ("status", rf"/api/models/{NAME}/discussions/(\d+)/status", self._status),
@@ -74,6 +75,16 @@ class Writes:
         if self._find(repo_id, None):
             found = [pull.public(repo_id) for pull in self.hub.repos[repo_id].pulls]
             self._json({"discussions": found, "count": len(found), "start": 0})
+
+    def _create(self, *, body: bytes, query: object) -> None:
+        asked = json.loads(body)
+        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        if self.user() is None:
+            return self._error(401, "")
+        status = 409 if name in self.hub.repos else 200
+        if status == 200:
+            self.hub.add(name, {}, owner=self.user())
+        return self._json({"url": f"{self.hub.url}/datasets/{name}", "name": name, "id": name}, status)
 
     def _validate(self, *, body: bytes, query: object) -> None:
         found = BLOCK.match(json.loads(body)["content"])
@@ -133,6 +144,11 @@ class Writes:
         event = {"id": "0", "type": "status-change", "createdAt": WHEN, "author": {"name": self.user()},
                  "data": {"status": pull.status}}  # fmt: skip
         self._json({"newStatus": event})
+
+
+def one_kind(path: str) -> str:
+    """Datasets are kept beside the models."""
+    return path.replace("/api/datasets/", "/api/models/", 1).removeprefix("/datasets")
 
 
 def blob(data: bytes) -> str:

@@ -1,0 +1,157 @@
+"""Reports as rows of a dataset on the Hub: one configuration for matrices, one for models, one file each a report."""
+
+import io
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from lmd_hf import __version__
+from lmd_hf.errors import SettingsError
+from lmd_hf.hub.repository import patiently, told
+from lmd_hf.report.report import Report
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+KEY = ("model", "commit", "version", "place")  # what a row has beside the numbers of a matrix
+CARD = """\
+---
+tags:
+- lmd
+configs:
+- config_name: models
+  data_files: data/models/**/*.parquet
+  default: true
+- config_name: matrices
+  data_files: data/matrices/**/*.parquet
+---
+# Layer Matrix Decompositions
+
+One row a model and, in `matrices`, one row a weight matrix: ranks, noise, capacity and spectra, made by lmd_hf.
+`lmd_hf.load_results` gives the reports back.
+"""
+
+
+def push_results(
+    report: Report,
+    dataset_id: str,
+    *,
+    create_pr: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Append a report to a dataset on the Hub, which is made if it is not there; returns the address of the commit, or
+    of the pull request.
+
+    `data/models/MODEL/COMMIT-VERSION-SETTINGS.parquet` has one row, `data/matrices/…` one a matrix, so that appending
+    never touches what is there and the same report again is the same file. Raises `SettingsError` for a report without
+    a commit, which nobody could check, and `SourceError` where the Hub refuses.
+    """
+    if report.model.commit is None:
+        raise SettingsError(
+            f"{report.model.id}: only a model at a commit of the Hub can be published; analyze it by its id"
+        )
+    name = file_name(report)
+    models, matrices = rows(report)
+    files = {f"data/models/{name}": _parquet([models]), f"data/matrices/{name}": _parquet(matrices)}
+    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+
+    def push() -> CommitInfo:
+        api.create_repo(dataset_id, repo_type="dataset", exist_ok=True, private=private)
+        if not api.file_exists(dataset_id, "README.md", repo_type="dataset"):
+            files["README.md"] = CARD.encode()
+        return api.create_commit(
+            dataset_id,
+            [CommitOperationAdd(path, data) for path, data in files.items()],
+            commit_message=f"Add {report.model.id} @ {str(report.model.commit)[:12]}",
+            repo_type="dataset",
+            create_pr=create_pr,
+        )
+
+    done = told(dataset_id, push)  # not again by itself: after a lost answer a second commit would be empty, a second
+    return str(done.pr_url or done.commit_url)  # pull request would not
+
+
+def load_results(
+    dataset_id: str, *, model: str | None = None, commit: str | None = None, token: str | bool | None = None
+) -> "list[Report]":
+    """The reports of a dataset, of all models or of one, newest version of lmd_hf last.
+
+    Only the files of that model are fetched. Raises `SourceError` where the dataset cannot be read, `FormatError` for
+    rows that are no report.
+    """
+    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    folder = "data/models" if model is None else f"data/models/{slug(model)}"
+
+    def load() -> list[Report]:
+        try:
+            listing = api.list_repo_tree(dataset_id, folder, recursive=True, repo_type="dataset")
+            names = sorted(entry.path for entry in listing if entry.path.endswith(".parquet"))
+        except EntryNotFoundError:
+            return []
+        return [_read(dataset_id, name, token) for name in names if commit is None or f"/{commit}-" in name]
+
+    return told(dataset_id, lambda: patiently(load))
+
+
+def rows(report: Report) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the row of the model, the rows of its matrices), JSON types; together they are the whole report."""
+    whole = report.to_dict()
+    key = {"model": report.model.id, "commit": report.model.commit, "version": report.lmd_hf}
+    matrices = [key | {"place": place} | row for place, row in enumerate(whole.pop("matrices"))]
+    nested = sorted({name for matrix in matrices for name, value in matrix.items() if isinstance(value, dict)})
+    for matrix in matrices:  # a column of dictionaries would get the keys of all of them
+        matrix.update({name: json.dumps(matrix[name]) for name in nested})
+    coverage = report.coverage
+    return key | {
+        "model_type": report.model.model_type,
+        "metric": report.settings["metric"],
+        "parameters": coverage.parameters,
+        "decomposed": coverage.decomposed,
+        "matrices": len(matrices),
+        "convergence": report.convergence.verdict,
+        "json_columns": nested,
+        "report": json.dumps(whole, ensure_ascii=False),
+    }, matrices
+
+
+def file_name(report: Report) -> str:
+    """MODEL/COMMIT-VERSION-SETTINGS.parquet: one for every outcome that may differ."""
+    settings = {name: value for name, value in report.settings.items() if name not in ("device",)}
+    words = [f"{name}={value}" for name, value in sorted(settings.items()) if value not in (None, "", [], False, 0)]
+    told_settings = re.sub(r"[^\w.=-]+", "+", "-".join(words))[:120]
+    return f"{slug(report.model.id)}/{report.model.commit}-{report.lmd_hf}-{told_settings}.parquet"
+
+
+def slug(model: str) -> str:
+    """A Hub id as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "--", model).strip(".-")
+
+
+def _read(dataset_id: str, name: str, token: str | bool | None) -> Report:
+    def table(path: str) -> list[dict[str, Any]]:
+        return pyarrow.parquet.read_table(
+            hf_hub_download(dataset_id, path, repo_type="dataset", token=token)
+        ).to_pylist()
+
+    (row,) = table(name)
+    matrices = sorted(table(name.replace("data/models/", "data/matrices/", 1)), key=lambda each: each["place"])
+    texts = set(row["json_columns"])
+    plain = [
+        {key: json.loads(value) if key in texts else value for key, value in matrix.items() if key not in KEY}
+        for matrix in matrices
+    ]
+    return Report.from_dict({**json.loads(row["report"]), "matrices": plain})
+
+
+def _parquet(values: "Sequence[dict[str, Any]]") -> bytes:
+    from datasets import Dataset
+
+    stream = io.BytesIO()
+    Dataset.from_list(list(values)).to_parquet(stream)
+    return stream.getvalue()

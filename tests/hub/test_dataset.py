@@ -1,0 +1,95 @@
+"""Reports as a dataset: pushed, read back, appended, and read by the datasets library itself."""
+
+import time
+
+import pytest
+
+from lmd_hf import analyze
+from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.hub.dataset import load_results, push_results
+from lmd_hf.weights.source import EMBEDDED_ID
+
+
+TOKEN = "hf_test_token"
+
+
+@pytest.fixture
+def reports(hub, save):
+    """Two models on the Hub, and a sketched report."""
+    made = []
+    for family in ("llama", "qwen2"):
+        name = f"results/{family}-{time.time_ns() % 10**6}"
+        hub.add(name, {path.name: path.read_bytes() for path in save(family).iterdir()})
+        made.append(analyze(name, heads=True))
+    return made
+
+
+def dataset(hub):
+    return f"tester/results-{time.time_ns() % 10**6}"
+
+
+def test_a_report_comes_back_as_it_was_and_a_second_one_beside_it(hub, reports):
+    where = dataset(hub)
+    for report in reports:
+        assert "/commit/" in push_results(report, where, token=TOKEN)
+    assert [r.to_dict() for r in load_results(where)] == [r.to_dict() for r in reports]
+    assert load_results(where, model=reports[1].model.id)[0].to_dict() == reports[1].to_dict()
+    assert load_results(where, model=reports[1].model.id, commit="0" * 40) == []
+    assert load_results(where, model="org/none") == []
+
+
+def test_the_same_report_again_is_no_second_row(hub, reports):
+    where = dataset(hub)
+    for _ in range(2):
+        push_results(reports[0], where, token=TOKEN)
+    assert len(load_results(where)) == 1
+
+
+def test_only_the_files_of_the_model_are_fetched(hub, reports):
+    where = dataset(hub)
+    for report in reports:
+        push_results(report, where, token=TOKEN)
+    hub.requests.clear()
+    load_results(where, model=reports[0].model.id)
+    assert not [path for _, path, _ in hub.requests if "results--qwen2" in path]
+
+
+def test_a_pull_request_to_somebody_else_s_dataset(hub, reports):
+    where = dataset(hub)
+    push_results(reports[0], where, token=TOKEN)
+    assert "/discussions/1" in push_results(reports[1], where, create_pr=True, token="hf_other_token")
+    with pytest.raises(SourceError, match="permission"):
+        push_results(reports[1], where, token="hf_third_token")
+
+
+def test_the_datasets_library_reads_both_configurations(hub, reports, tmp_path):
+    import datasets
+
+    where = dataset(hub)
+    for report in reports:
+        push_results(report, where, token=TOKEN)
+    repo = hub.repos[where]
+    for name, data in repo.commits[repo.branches["main"]].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    models = datasets.load_dataset(str(tmp_path), "models", cache_dir=str(tmp_path / "cache"))["train"]
+    matrices = datasets.load_dataset(str(tmp_path), "matrices", cache_dir=str(tmp_path / "cache"))["train"]
+    assert sorted(models["model"]) == sorted(report.model.id for report in reports)
+    assert len(matrices) == sum(len(report.matrices) for report in reports)
+    assert {"effective_rank", "singular_values", "role", "model"} <= set(matrices.column_names)
+
+
+def test_sketched_rows_come_back(hub, reports):
+    from dataclasses import replace
+
+    first = reports[0]
+    sketched = replace(first.matrices[0], intervals={"effective_rank": (1.0, 2.0)})
+    where = dataset(hub)
+    report = replace(first, matrices=(sketched, *first.matrices[1:]))
+    push_results(report, where, token=TOKEN)
+    assert load_results(where)[0].to_dict() == report.to_dict()
+
+
+def test_a_report_that_nobody_can_check_is_refused(hub):
+    with pytest.raises(SettingsError, match="at a commit of the Hub"):
+        push_results(analyze(EMBEDDED_ID), "tester/results", token=TOKEN)
