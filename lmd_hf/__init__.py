@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lmd_hf.api import analyze, compare, plan
     from lmd_hf.errors import LmdError
     from lmd_hf.evidence import Thresholds
+    from lmd_hf.hub.dataset import load_results, push_results
     from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
     from lmd_hf.records import Settings
@@ -20,7 +21,9 @@ _HOMES = {
     "analyze": "lmd_hf.api",
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
+    "load_results": "lmd_hf.hub.dataset",
     "plan": "lmd_hf.api",
+    "push_results": "lmd_hf.hub.dataset",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
@@ -38,7 +41,9 @@ __all__ = [
     "analyze",
     "compare",
     "decompose",
+    "load_results",
     "plan",
+    "push_results",
     "required_degree",
 ]
 

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from lmd_hf.errors import LmdError, SettingsError
 from lmd_hf.hub.annotate import How, Outcome, annotate
 from lmd_hf.hub.queue import Queue
-from lmd_hf.hub.repository import patiently, told
+from lmd_hf.weights.answers import patiently, told
 
 
 STATES = {"written": "done", "drafted": "done", "left": "left", "failed": "failed"}

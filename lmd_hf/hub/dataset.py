@@ -5,20 +5,18 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from lmd_hf import __version__
 from lmd_hf.errors import SettingsError
-from lmd_hf.hub.repository import patiently, told
 from lmd_hf.report.report import Report
+from lmd_hf.run.results import MATRICES, MODELS, NESTED, read_results, slug
+from lmd_hf.weights.answers import told
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-KEY = ("model", "commit", "version", "place")  # what a row has beside the numbers of a matrix
 CARD = """\
 ---
 tags:
@@ -58,7 +56,7 @@ def push_results(
         )
     name = file_name(report)
     models, matrices = rows(report)
-    files = {f"data/models/{name}": _parquet([models]), f"data/matrices/{name}": _parquet(matrices)}
+    files = {f"{MODELS}/{name}": _parquet([models]), f"{MATRICES}/{name}": _parquet(matrices)}
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
 
     def push() -> CommitInfo:
@@ -83,20 +81,9 @@ def load_results(
     """The reports of a dataset, of all models or of one, newest version of lmd_hf last.
 
     Only the files of that model are fetched. Raises `SourceError` where the dataset cannot be read, `FormatError` for
-    rows that are no report.
+    files that are no report.
     """
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
-    folder = "data/models" if model is None else f"data/models/{slug(model)}"
-
-    def load() -> list[Report]:
-        try:
-            listing = api.list_repo_tree(dataset_id, folder, recursive=True, repo_type="dataset")
-            names = sorted(entry.path for entry in listing if entry.path.endswith(".parquet"))
-        except EntryNotFoundError:
-            return []
-        return [_read(dataset_id, name, token) for name in names if commit is None or f"/{commit}-" in name]
-
-    return told(dataset_id, lambda: patiently(load))
+    return [Report.from_dict(values) for values in read_results(dataset_id, model=model, commit=commit, token=token)]
 
 
 def rows(report: Report) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -115,7 +102,7 @@ def rows(report: Report) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "decomposed": coverage.decomposed,
         "matrices": len(matrices),
         "convergence": report.convergence.verdict,
-        "json_columns": nested,
+        NESTED: nested,
         "report": json.dumps(whole, ensure_ascii=False),
     }, matrices
 
@@ -126,27 +113,6 @@ def file_name(report: Report) -> str:
     words = [f"{name}={value}" for name, value in sorted(settings.items()) if value not in (None, "", [], False, 0)]
     told_settings = re.sub(r"[^\w.=-]+", "+", "-".join(words))[:120]
     return f"{slug(report.model.id)}/{report.model.commit}-{report.lmd_hf}-{told_settings}.parquet"
-
-
-def slug(model: str) -> str:
-    """A Hub id as the name of a folder."""
-    return re.sub(r"[^\w.-]+", "--", model).strip(".-")
-
-
-def _read(dataset_id: str, name: str, token: str | bool | None) -> Report:
-    def table(path: str) -> list[dict[str, Any]]:
-        return pyarrow.parquet.read_table(
-            hf_hub_download(dataset_id, path, repo_type="dataset", token=token)
-        ).to_pylist()
-
-    (row,) = table(name)
-    matrices = sorted(table(name.replace("data/models/", "data/matrices/", 1)), key=lambda each: each["place"])
-    texts = set(row["json_columns"])
-    plain = [
-        {key: json.loads(value) if key in texts else value for key, value in matrix.items() if key not in KEY}
-        for matrix in matrices
-    ]
-    return Report.from_dict({**json.loads(row["report"]), "matrices": plain})
 
 
 def _parquet(values: "Sequence[dict[str, Any]]") -> bytes:

@@ -8,21 +8,18 @@ from typing import TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from lmd_hf.compat import unreachable_errors
 from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.hub import section
 from lmd_hf.hub.etiquette import TITLE, Look, Marks, Pull
+from lmd_hf.weights.answers import is_transient, patiently, told, wait
 
 
 CARD = "README.md"
-TRIES = 4  # of a request that the Hub answered with 429 or 5xx
-LONGEST_WAIT = 300.0  # seconds: the Hub counts requests in windows of five minutes
+MOVED = 412  # main is no longer at the parent of the commit
 DESCRIPTION = """\
 Opened automatically by lmd_hf {version}, run by {author}. It adds one section to the card, the tag `lmd`, and two \
 small files in `lmd/`; nothing else is touched. The numbers were computed from the weights at commit `{commit}` and \
@@ -101,59 +98,28 @@ def push(api: HfApi, look: Look, files: Mapping[str, bytes], *, commit_message: 
     return _commit(api, look, files, commit_message, "", parent_commit=look.commit)
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """The call, again after 429 and 5xx: after what the Hub's answer says, else after 1, 2, 4 seconds."""
-    for attempt in range(TRIES - 1):
-        try:
-            return call()
-        except HfHubHTTPError as error:
-            if not _is_transient(error):
-                raise
-            time.sleep(_wait(error, attempt))
-    return call()
-
-
 def tried(repo_id: str, write: Callable[[], T], attempt: int) -> T | None:
     """What a write gave; `None`, after a wait, where it failed in a way that looking again may mend: main has moved
     (412), 429 and 5xx. Raises `SourceError` for everything else."""
-    try:
-        return told(repo_id, write)
-    except _Transient as error:
-        time.sleep(_wait(error.cause, attempt))
+
+    def call() -> T | None:
+        try:
+            return write()
+        except HfHubHTTPError as error:
+            if not is_transient(error) and error.response.status_code != MOVED:
+                raise
+            wait(error, attempt)
+        except json.JSONDecodeError:  # the check of the metadata reads its answer before it looks at the status
+            time.sleep(2.0**attempt)
+        except ValueError as error:
+            if "metadata" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            remedy = "its owner has to mend it"
+            raise SourceError(f"{repo_id}: the Hub refuses its card's metadata ({reason}); {remedy}") from None
         return None
-    except json.JSONDecodeError:  # the check of the metadata reads its answer before it looks at the status
-        time.sleep(2.0**attempt)
-        return None
-    except ValueError as error:
-        if "metadata" not in str(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise SourceError(
-            f"{repo_id}: the Hub refuses its card's metadata ({reason}); its owner has to mend it"
-        ) from None
 
-
-class _Transient(SourceError):
-    def __init__(self, text: str, cause: HfHubHTTPError) -> None:
-        super().__init__(text)
-        self.cause = cause
-
-
-def _is_transient(error: HfHubHTTPError) -> bool:
-    return error.response.status_code in (412, 429) or error.response.status_code >= 500
-
-
-def _wait(error: HfHubHTTPError, attempt: int) -> float:
-    asked = _asked_wait(error)
-    return min(2.0**attempt if asked is None else asked, LONGEST_WAIT)
-
-
-def _asked_wait(error: HfHubHTTPError) -> float | None:
-    """Seconds, from `Retry-After` or from the `t=` of the Hub's `RateLimit` header."""
-    headers = error.response.headers
-    fields = dict(pair.strip().split("=", 1) for pair in headers.get("RateLimit", "").split(";") if "=" in pair)
-    asked = headers.get("Retry-After") or fields.get("t", "")
-    return float(asked) if asked.isdigit() else None
+    return told(repo_id, call)
 
 
 def _commit(
@@ -191,21 +157,3 @@ def _has_token(api: HfApi) -> bool:
     from huggingface_hub import get_token
 
     return isinstance(api.token, str) or get_token() is not None
-
-
-def told(repo_id: str, call: Callable[[], T]) -> T:
-    """The call, its errors as one line with the remedy."""
-    try:
-        return call()
-    except GatedRepoError:
-        raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise SourceError(f"{repo_id}: no such Hub repository (if private: `hf auth login`)") from None
-    except unreachable_errors():
-        raise SourceError(f"{repo_id}: the Hub cannot be reached; connect, or use --to with a local card") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if _is_transient(error):
-            raise _Transient(f"{repo_id}: the Hub answered {status}; try again later", error) from None
-        remedy = "the token lacks a permission; use one with write access" if status in (401, 403) else "see its page"
-        raise SourceError(f"{repo_id}: the Hub answered {status}; {remedy}") from None

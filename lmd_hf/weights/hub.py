@@ -10,10 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers
 
@@ -21,6 +18,7 @@ from lmd_hf import __version__
 from lmd_hf.compat import resolve_commit, unreachable_errors
 from lmd_hf.errors import SourceError
 from lmd_hf.records import TensorRef, WeightFile
+from lmd_hf.weights.answers import told
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.repository import (
@@ -56,21 +54,7 @@ def open_repository(
     or out of reach.
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
-    try:
-        return _open(api, repo_id, revision, subfolder, download)
-    except GatedRepoError:
-        raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise SourceError(f"{repo_id}: no revision '{revision}'; see the branches on its page") from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"{repo_id}: no such folder, and no such Hub repository (if private: `hf auth login`)"
-        ) from None
-    except unreachable_errors():
-        remedy = "connect, or give a local folder"
-        raise SourceError(f"{repo_id}: not (wholly) in the cache and the Hub cannot be reached; {remedy}") from None
-    except HfHubHTTPError as error:
-        raise SourceError(f"{repo_id}: the Hub answered {error.response.status_code}; try again later") from None
+    return told(repo_id, lambda: _open(api, repo_id, revision, subfolder, download), revision=revision)
 
 
 def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, download: bool) -> FileSource:

@@ -1,0 +1,68 @@
+"""What the Hub answers when it does not do what was asked: again after a while, or one line with the remedy."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lmd_hf.compat import unreachable_errors
+from lmd_hf.errors import SourceError
+
+
+TRIES = 4  # of a request that was answered with 429 or 5xx
+LONGEST_WAIT = 300.0  # seconds: the Hub counts requests in windows of five minutes
+T = TypeVar("T")
+
+
+def told(repo_id: str, call: Callable[[], T], *, revision: str | None = None) -> T:
+    """What the call gives; the Hub's errors as a `SourceError` that names the repository and the remedy."""
+    try:
+        return call()
+    except GatedRepoError:
+        raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise SourceError(f"{repo_id}: no revision '{revision}'; see the branches on its page") from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"{repo_id}: no such folder, and no such Hub repository (if private: `hf auth login`)"
+        ) from None
+    except unreachable_errors():
+        remedy = "connect, or give a local folder"
+        raise SourceError(f"{repo_id}: not (wholly) in the cache and the Hub cannot be reached; {remedy}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = "try again later"
+        if status in (401, 403):
+            remedy = "the token lacks a permission; use one with write access"
+        raise SourceError(f"{repo_id}: the Hub answered {status}; {remedy}") from None
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What the call gives, again after 429 and 5xx: after what the answer says, else after 1, 2, 4 seconds."""
+    for attempt in range(TRIES - 1):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            if not is_transient(error):
+                raise
+            wait(error, attempt)
+    return call()
+
+
+def is_transient(error: HfHubHTTPError) -> bool:
+    """Whether the same request may succeed a moment later."""
+    return error.response.status_code == 429 or error.response.status_code >= 500
+
+
+def wait(error: HfHubHTTPError, attempt: int) -> None:
+    """As long as `Retry-After` says, or the `t=` of the Hub's `RateLimit` header; else 1, 2, 4 … seconds."""
+    headers = error.response.headers
+    fields = dict(pair.strip().split("=", 1) for pair in headers.get("RateLimit", "").split(";") if "=" in pair)
+    asked = headers.get("Retry-After") or fields.get("t", "")
+    time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, LONGEST_WAIT))
