@@ -45,28 +45,30 @@ def bidiagonalise(
     with zeros.
     """
     dtype = torch.float64 if precise else w_LS.dtype
-    short, like = w_LS.shape[1], torch.empty(0, dtype=dtype, device=w_LS.device)
-    start = normal(probes, short, seed=seed).to(w_LS.device)
-    right, left = like.new_zeros(probes, steps + 1, short), like.new_zeros(probes, steps, w_LS.shape[0])
+    long, short = w_LS.shape
+    like = torch.empty(0, dtype=dtype, device=w_LS.device)
+    start, common_rS = normal(probes, short, seed=seed).to(like), v_Sr.to(like).T
+    right, left = like.new_empty(probes, steps + 1, short), like.new_empty(probes, steps, long)
     alpha, beta = np.zeros((probes, steps)), np.zeros((probes, steps))
-    right[:, 0] = _unit(_new(start, right[:, :0], v_Sr), 0.0)[0]
+    right[:, 0] = _unit(_new(start, right[:, :0], common_rS), 0.0)[0]
     floor = torch.finfo(dtype).eps
     for j in range(steps):
         u = times(w_LS, right[:, j].T, exact=precise).T
         left[:, j], alpha[:, j] = _unit(_new(u, left[:, :j]), floor * np.maximum(alpha, beta).max(1, initial=0))
         v = times(w_LS.T, left[:, j].T, exact=precise).T
-        right[:, j + 1], beta[:, j] = _unit(_new(v, right[:, : j + 1], v_Sr), floor * np.maximum(alpha, beta).max(1))
+        right[:, j + 1], beta[:, j] = _unit(
+            _new(v, right[:, : j + 1], common_rS), floor * np.maximum(alpha, beta).max(1)
+        )
     return Bidiagonal(alpha, beta)
 
 
-def _new(x_PN: Tensor, basis_PjN: Tensor, common_Nr: Tensor | None = None) -> Tensor:
-    """What of each row lies neither in its own basis nor in the common one; one pass does in float32, whose rounding
-    is what a second would remove."""
-    for _ in range(2 if basis_PjN.dtype == torch.float64 else 1):
-        if common_Nr is not None:
-            x_PN = x_PN - product(product(x_PN.to(common_Nr.dtype), common_Nr), common_Nr.T)
-        x_PN = x_PN.to(basis_PjN.dtype)
-        x_PN = x_PN - product(basis_PjN.mT, product(basis_PjN, x_PN[:, :, None]))[:, :, 0]
+def _new(x_PN: Tensor, basis_PjN: Tensor, common_rN: Tensor | None = None) -> Tensor:
+    """What of each row lies neither in its own basis nor in the common one. Two passes: where a run has exhausted its
+    space the first leaves rounding, which lies anywhere, and Ritz values above ‖A‖ would come of it."""
+    for _ in range(2):
+        if common_rN is not None:
+            x_PN = x_PN - product(product(x_PN, common_rN.T), common_rN)
+        x_PN = x_PN - product(product(x_PN[:, None], basis_PjN.mT), basis_PjN)[:, 0]
     return x_PN
 
 
