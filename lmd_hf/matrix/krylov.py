@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.matrix.cost import BLOCK, MOST, STEPS
+from lmd_hf.matrix.products import orthonormal, orthonormal_rows, product, right_svd, store, thin_svd, times, without
 
 
 UNIT_ROUNDOFF = 2.0**-53
 FAILURE = 1e-6  # probability that `norm_bound` is none: once in a million matrices
-CHUNK_ENTRIES = 2**20  # entries of W in float64 at a time
 SALT = int.from_bytes(b"lmd_hf", "big")
 
 
@@ -58,9 +58,9 @@ def krylov(
         )
         for _ in range(STEPS):
             rows = slice(done, done + len(x_pS))
-            space_KS[rows] = x_pS
-            image_KL[rows] = times(w_LS, space_KS[rows].T).T
-            back_KS[rows] = times(w_LS.T, image_KL[rows].T).T
+            store(space_KS[rows], x_pS)
+            store(image_KL[rows], times(w_LS, space_KS[rows].T).T)
+            store(back_KS[rows], times(w_LS.T, image_KL[rows].T).T)
             done = rows.stop
             x_pS = _new_directions(back_KS[rows], space_KS[:done])[: short - done]
             if not len(x_pS):
@@ -72,7 +72,7 @@ def krylov(
 def _new_directions(y_pS: Tensor, space_KS: Tensor) -> Float[Tensor, "p S"]:
     """An orthonormal basis of what Y adds to the space; where it adds nothing, rounding gives directions as good."""
     for _ in range(2):
-        y_pS = orthonormal((y_pS - product(product(y_pS, space_KS.T), space_KS)).T).T
+        y_pS = orthonormal_rows(without(y_pS, space_KS))
     return y_pS
 
 
@@ -142,62 +142,3 @@ def normal(rows: int, columns: int, *, seed: int) -> Float[Tensor, "rows columns
     """Independent standard normal numbers, float64, on the CPU. The salt keeps them apart from those that somebody's
     own seed 0 made the matrix of: probes that are rows of W would see anything but its spectrum."""
     return torch.from_numpy(np.random.default_rng([SALT, seed]).standard_normal((rows, columns)))
-
-
-def times(w: Tensor, x: Tensor, *, exact: bool = False) -> Float[Tensor, "N p"]:
-    """W·X: the product runs in the dtype of W, or in float64 a few rows of W at a time if `exact`."""
-    if exact and w.dtype != torch.float64:
-        return _times_in_chunks(w, x)
-    return product(w, x.to(w.dtype))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A·B in their own dtype, float32 without TF32. On the CPU by numpy, whose BLAS keeps to its share of the cores (a
-    worker thread of torch takes them all, and waits for them where others are at work)."""
-    if a.device.type == "cpu":
-        return torch.from_numpy(a.numpy() @ b.numpy())
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        return a @ b
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-def orthonormal(x_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-    """Q of X = QR, by the library that `product` uses."""
-    return torch.from_numpy(np.linalg.qr(x_NK.numpy())[0]) if x_NK.device.type == "cpu" else torch.linalg.qr(x_NK).Q
-
-
-def thin_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N k"], Float[Tensor, " k"], Float[Tensor, "k K"]]:
-    """U, σ, Vᵀ, by the library that `product` uses."""
-    if x_NK.device.type != "cpu":
-        return torch.linalg.svd(x_NK, full_matrices=False)
-    q, r = np.linalg.qr(x_NK.numpy())
-    u, s, vh = np.linalg.svd(r, full_matrices=False)
-    return torch.from_numpy(q @ u), torch.from_numpy(s), torch.from_numpy(vh)
-
-
-def right_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "k K"]]:
-    """σ and Vᵀ alone, from R of X = QR, by the library that `product` uses."""
-    if x_NK.device.type != "cpu":
-        return torch.linalg.svd(torch.linalg.qr(x_NK, mode="r").R, full_matrices=False)[1:]
-    _, s, vh = np.linalg.svd(np.linalg.qr(x_NK.numpy(), mode="r"), full_matrices=False)
-    return torch.from_numpy(s), torch.from_numpy(vh)
-
-
-def _times_in_chunks(w: Tensor, x: Tensor) -> Tensor:
-    """W·X in float64. A transposed W is taken by its own columns, which lie together in memory; every chunk uses the
-    same memory."""
-    turned = w.stride(0) < w.stride(1)
-    stored = w.T if turned else w
-    step = max(1, CHUNK_ENTRIES // max(1, stored.shape[1]))
-    buffer = x.new_empty(min(step, stored.shape[0]), stored.shape[1])
-    result = x.new_zeros(w.shape[0], x.shape[1])
-    for start in range(0, stored.shape[0], step):
-        rows = slice(start, min(start + step, stored.shape[0]))
-        chunk = buffer[: rows.stop - start].copy_(stored[rows])
-        if turned:
-            result += product(chunk.T, x[rows])
-        else:
-            result[rows] = product(chunk, x)
-    return result

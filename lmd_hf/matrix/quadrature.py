@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmd_hf.matrix.krylov import normal, product, times
+from lmd_hf.matrix.krylov import normal
+from lmd_hf.matrix.products import cast, lengths, scaled, store, times, without
 
 
 RULES = 4  # for each probe; eight give the same numbers
@@ -47,18 +48,18 @@ def bidiagonalise(
     dtype = torch.float64 if precise else w_LS.dtype
     long, short = w_LS.shape
     like = torch.empty(0, dtype=dtype, device=w_LS.device)
-    start, common_rS = normal(probes, short, seed=seed).to(like), v_Sr.to(like).T
+    start, common_rS = normal(probes, short, seed=seed).to(like), cast(v_Sr, dtype).T
     right, left = like.new_empty(probes, steps + 1, short), like.new_empty(probes, steps, long)
     alpha, beta = np.zeros((probes, steps)), np.zeros((probes, steps))
-    right[:, 0] = _unit(_new(start, right[:, :0], common_rS), 0.0)[0]
+    store(right[:, 0], _unit(_new(start, right[:, :0], common_rS), 0.0)[0])
     floor = torch.finfo(dtype).eps
     for j in range(steps):
-        u = times(w_LS, right[:, j].T, exact=precise).T
-        left[:, j], alpha[:, j] = _unit(_new(u, left[:, :j]), floor * np.maximum(alpha, beta).max(1, initial=0))
-        v = times(w_LS.T, left[:, j].T, exact=precise).T
-        right[:, j + 1], beta[:, j] = _unit(
-            _new(v, right[:, : j + 1], common_rS), floor * np.maximum(alpha, beta).max(1)
-        )
+        u = _new(times(w_LS, right[:, j].T, exact=precise).T, left[:, :j])
+        u, alpha[:, j] = _unit(u, floor * np.maximum(alpha, beta).max(1, initial=0))
+        store(left[:, j], u)
+        v = _new(times(w_LS.T, left[:, j].T, exact=precise).T, right[:, : j + 1], common_rS)
+        v, beta[:, j] = _unit(v, floor * np.maximum(alpha, beta).max(1))
+        store(right[:, j + 1], v)
     return Bidiagonal(alpha, beta)
 
 
@@ -67,17 +68,16 @@ def _new(x_PN: Tensor, basis_PjN: Tensor, common_rN: Tensor | None = None) -> Te
     space the first leaves rounding, which lies anywhere, and Ritz values above ‖A‖ would come of it."""
     for _ in range(2):
         if common_rN is not None:
-            x_PN = x_PN - product(product(x_PN, common_rN.T), common_rN)
-        x_PN = x_PN - product(product(x_PN[:, None], basis_PjN.mT), basis_PjN)[:, 0]
+            x_PN = without(x_PN, common_rN)
+        x_PN = without(x_PN[:, None], basis_PjN)[:, 0]
     return x_PN
 
 
 def _unit(x_PN: Tensor, floor: float | np.ndarray) -> tuple[Tensor, np.ndarray]:
     """Rows of length 1 and their lengths; a row no longer than its floor is rounding and becomes 0."""
-    size = torch.linalg.vector_norm(x_PN, dim=1, dtype=torch.float64).cpu().numpy()
+    size = lengths(x_PN)
     size = np.where(size > 16 * floor, size, 0.0)
-    scale = torch.from_numpy(np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)).to(x_PN)
-    return x_PN * scale[:, None], size
+    return scaled(x_PN, torch.from_numpy(np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)).to(x_PN)), size
 
 
 def rules(run: Bidiagonal, count: int = RULES) -> tuple[Float[np.ndarray, "P JN"], Float[np.ndarray, "P JN"]]:
@@ -91,17 +91,20 @@ def rules(run: Bidiagonal, count: int = RULES) -> tuple[Float[np.ndarray, "P JN"
     node too close to σ = 0 does to |σ|. Each probe has its own θ, so that together the P · J rules leave no steps. −τ
     gives the same values of |σ|. Source of the rules: Golub & Meurant 2010, §6.2; of the continuation, Haydock 1980.
     """
-    off = np.empty((run.alpha.shape[0], 2 * run.alpha.shape[1] - 1))
+    from scipy.linalg import eigh_tridiagonal  # late: few plans hold matrices that are sketched
+
+    probes, steps = run.alpha.shape
+    off = np.empty((probes, 2 * steps - 1))
     off[:, 0::2], off[:, 1::2] = run.alpha, run.beta[:, :-1]
-    size = off.shape[1] + 1
-    t_PJNN = np.zeros((len(off), count, size, size))
-    i = np.arange(size - 1)
-    t_PJNN[:, :, i, i + 1] = t_PJNN[:, :, i + 1, i] = off[:, None, :]
-    phases = (np.arange(len(off))[:, None] + 0.5) / len(off) + np.arange(count)
-    t_PJNN[:, :, -1, -1] = run.beta[:, -1:] * np.tan(phases / count * math.pi / 2)
-    nodes, vectors = np.linalg.eigh(t_PJNN)
-    weights = vectors[:, :, 0, :] ** 2 / count
-    return np.abs(nodes).reshape(len(off), -1), weights.reshape(len(off), -1)
+    phases = (np.arange(probes)[:, None] + 0.5) / probes + np.arange(count)
+    last_PJ = run.beta[:, -1:] * np.tan(phases / count * math.pi / 2)
+    nodes, weights = np.empty((2, probes, count, 2 * steps))
+    diagonal = np.zeros(2 * steps)
+    for probe, rule in np.ndindex(probes, count):
+        diagonal[-1] = last_PJ[probe, rule]
+        nodes[probe, rule], vectors = eigh_tridiagonal(diagonal, off[probe])
+        weights[probe, rule] = vectors[0] ** 2 / count
+    return np.abs(nodes).reshape(probes, -1), weights.reshape(probes, -1)
 
 
 def largest(run: Bidiagonal) -> float:

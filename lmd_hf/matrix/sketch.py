@@ -12,16 +12,8 @@ from torch import Tensor
 
 from lmd_hf.matrix import dimension
 from lmd_hf.matrix.cost import LANCZOS, PROBES, krylov_flops, quadrature_flops, sketch_pays
-from lmd_hf.matrix.krylov import (
-    CHUNK_ENTRIES,
-    UNIT_ROUNDOFF,
-    Triplets,
-    certificates,
-    krylov,
-    norm_bound,
-    refined,
-    times,
-)
+from lmd_hf.matrix.krylov import UNIT_ROUNDOFF, Triplets, certificates, krylov, norm_bound, refined
+from lmd_hf.matrix.products import CHUNK_ENTRIES, times
 from lmd_hf.matrix.quadrature import bidiagonalise, largest, quantiles, rules
 from lmd_hf.matrix.spectrum import Sketch, Spectrum, error_parts, variants
 
