@@ -45,7 +45,7 @@ def bidiagonalise(
     orthogonalised against all of its own run (Golub & Kahan 1965; Paige & Saunders 1982). A run that has exhausted its
     space goes on with zeros. A float32 product errs by c·u·‖W‖_F, u = 2⁻²⁴, and by Weyl so does a node: c = L in the
     worst case (Higham 2002, §3.1), but roundings do not all go one way, and on the tests' spectra values moved by at
-    most c = 0.2 and effective ranks by 1e-7, of which intervals are 1e4 times as wide. `sketch` counts c = 1 in each.
+    most c = 0.6 and effective ranks by 2e-7, of which intervals are 1e4 times as wide. `sketch` counts c = 1 in each.
     """
     dtype = torch.float64 if precise else w_LS.dtype
     long, short = w_LS.shape

@@ -131,14 +131,14 @@ def test_products_in_float64_see_what_float32_rounds_away(build):
 
 
 @pytest.mark.parametrize("spectrum", [None, np.linspace(1, 0.001, 300), np.logspace(0, -6, 300)])
-def test_float32_products_move_values_by_a_part_of_what_the_intervals_count(build, spectrum):
+def test_float32_products_move_values_by_less_than_the_intervals_count(build, spectrum):
     w = build(400, 300, spectrum).float()
     shares, rounding = np.full((1, 8), 1 / 8), torch.linalg.vector_norm(w).item() * 2.0**-24
     quick, precise = (
         quantiles(*rules(bidiagonalise(w, NONE, probes=8, steps=24, seed=0, precise=each)), shares, 300)[0]
         for each in (False, True)
     )
-    assert 0 < np.abs(quick - precise).max() < rounding / 2
+    assert 0 < np.abs(quick - precise).max() < rounding
     assert dimension.effective_rank(quick) == pytest.approx(dimension.effective_rank(precise), rel=1e-6)
 
 
