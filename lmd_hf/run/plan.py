@@ -5,7 +5,7 @@ import heapq
 from collections.abc import Callable
 
 from lmd_hf.errors import SettingsError
-from lmd_hf.matrix.cost import EXACT_SIDE, exact_flops, sketch_bytes, sketch_flops, sketch_pays
+from lmd_hf.matrix.cost import EXACT_SIDE, exact_bytes, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, HeadRef, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
@@ -116,7 +116,7 @@ def _work(ref: MatrixRef, settings: Settings) -> Work:
     if kernel == "sketch" and sketch_pays(short):
         flops, beside = sketch_flops(long, short), sketch_bytes(long, short, 8 if folded else entry)
     else:
-        flops, beside = exact_flops(long, short), 3 * 8 * short**2
+        flops, beside = exact_flops(long, short), exact_bytes(short)
     packed = 0 if ref.stored == "plain" and ref.low_rank is None else 8 * short * long  # what unpacking needs beside W
     memory = entry * short * long + beside + packed
     if folded:

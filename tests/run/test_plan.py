@@ -106,7 +106,8 @@ def test_the_kernel_is_decided_by_cost(stage, asked, shape, kernel, sketched):
     if sketched:
         products = 4 * long * short * (BLOCK * STEPS + PROBES * LANCZOS)  # with W and Wᵀ
         assert products < work.flops < 1.6 * products
-        assert work.bytes < 4 * long * short + 8 * 4 * 1200 * (long + short)
+        beside = work.bytes - 4 * long * short
+        assert 24 * short**2 <= beside < 24 * short**2 + 8 * 4 * 1200 * (long + short)  # exact may run after all
     else:
         assert work.flops == long * short**2 + 4 / 3 * short**3
         assert work.bytes == 4 * long * short + 24 * short**2
