@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SEEDS = 10  # a claim rests on ten seeds
 EXPERIMENTS: dict[str, str] = {  # name: its question
+    "swiss-roll": "Does S' find the intrinsic dimension of the data that a network was trained on?",
+    "activations": "Does the latent dimension grow with the degree of the activation, and the held-out error with it?",
 }
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 REPORT, JSON = "report.md", "outcome.json"
 DOTS_PER_INCH = 100  # small files: these figures have no fine detail
-Row = dict[str, str | int | float | bool | None]
+Cell = str | int | float | bool | None
+Row = Mapping[str, Cell]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Outcome:
             f"# {self.name}",
             self.question,
             tabulate(checks, headers=("expected", "found", "agrees"), tablefmt="github"),
-            f"{self.method} Seeds: {_numbers(self.seeds)}.",
+            f"{self.method} Seeds: {_numbers(self.seeds)}; ± and sd are standard deviations over them.",
             *(f"![{name}]({name}.png)" for name in self.figures),
         ]
         for title, rows in self.tables.items():
@@ -93,11 +94,21 @@ def verdict(agrees: bool) -> str:
     return "yes" if agrees else "no"
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float], form: str = ".2f") -> str:
     """`mean ± standard deviation` over seeds; of one value, the value."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
+
+
+def counted(holds: Sequence[bool]) -> str:
+    """`on 9 of 10`."""
+    return f"on {sum(holds)} of {len(holds)}"
+
+
+def averaged(column: str, values: Sequence[float]) -> dict[str, Cell]:
+    """Two columns of a table: the mean over seeds, and beside it the standard deviation (`None` of one value)."""
+    deviation = significant(statistics.stdev(values)) if len(values) > 1 else None
+    return {column: significant(statistics.fmean(values)), f"{column} sd": deviation}
 
 
 def significant(value: float, digits: int = 5) -> float:
@@ -134,7 +145,7 @@ def _markdown_table(rows: Sequence[Row]) -> str:
     return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _cell(value: str | int | float | bool | None) -> str:
+def _cell(value: Cell) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -54,8 +54,11 @@ def test_the_index_lists_what_is_there(tmp_path):
 
 
 def test_spread_is_mean_and_sample_deviation():
-    assert outcome.spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
-    assert outcome.spread([1.25], 1) == "1.2"
+    assert outcome.spread([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0"
+    assert outcome.spread([1.25]) == "1.25"
+    assert outcome.counted([True, False]) == "on 1 of 2"
+    assert outcome.averaged("x", [1.0, 2.0, 3.0]) == {"x": 2.0, "x sd": 1.0}
+    assert outcome.averaged("x", [1.0]) == {"x": 1.0, "x sd": None}
 
 
 def test_random_numbers_come_from_names():
