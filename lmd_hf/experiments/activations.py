@@ -38,8 +38,8 @@ SPACE = 3  # coordinates of the Swiss roll
 RANK_TOLERANCE = 1e-10  # of the largest eigenvalue of the covariance
 METHOD = (
     "The Swiss roll in 20 dimensions (see swiss-roll); a network with two hidden layers learns the standardised angle "
-    "and height from few or from many points, with each activation from the same initial weights. Latent dimension: the "
-    "participation ratio of the middle layer's S', in the data metric (complete graph) or of the weights alone, after "
+    "and height from few or from many points, with each activation from the same initial weights. Latent dimension: "
+    "participation ratio of S' of the middle layer in the data metric (complete graph) or of the weights alone, after "
     "training on many points. Span: the rank of the covariance of what the first hidden layer hands on, in float64."
 )
 

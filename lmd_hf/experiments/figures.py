@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 
 WIDTH, HEIGHT = 3.4, 3.0  # of a panel, inches
@@ -26,3 +27,11 @@ def dots(axes: Axes, label: str, groups: Mapping[Any, Sequence[float]]) -> None:
     (line,) = axes.plot(list(groups), [statistics.fmean(values) for values in groups.values()], label=label)
     for place, values in groups.items():
         axes.plot([place] * len(values), list(values), ".", color=line.get_color(), markersize=3, alpha=0.5)
+
+
+def doublings(axes: Axes) -> None:
+    """A logarithmic vertical axis labelled 1, 2, 4, 8 …"""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([2.0**power for power in range(11)]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())

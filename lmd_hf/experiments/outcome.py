@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT, JSON = "report.md", "outcome.json"
+SPREAD = " sd"  # what the column of standard deviations is called after its means
 DOTS_PER_INCH = 100  # small files: these figures have no fine detail
 Cell = str | int | float | bool | None
 Row = Mapping[str, Cell]
@@ -108,7 +109,7 @@ def counted(holds: Sequence[bool]) -> str:
 def averaged(column: str, values: Sequence[float]) -> dict[str, Cell]:
     """Two columns of a table: the mean over seeds, and beside it the standard deviation (`None` of one value)."""
     deviation = significant(statistics.stdev(values)) if len(values) > 1 else None
-    return {column: significant(statistics.fmean(values)), f"{column} sd": deviation}
+    return {column: significant(statistics.fmean(values)), column + SPREAD: deviation}
 
 
 def significant(value: float, digits: int = 5) -> float:
@@ -141,8 +142,18 @@ def index_page(folder: Path, names: Sequence[str]) -> str:
 
 
 def _markdown_table(rows: Sequence[Row]) -> str:
-    shown = [{key: _cell(value) for key, value in row.items()} for row in rows]
+    shown = [{key: _with_spread(key, row) for key in row if not _is_spread(key, row)} for row in rows]
     return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _is_spread(key: str, row: Row) -> bool:
+    return key.endswith(SPREAD) and key.removesuffix(SPREAD) in row
+
+
+def _with_spread(key: str, row: Row) -> str:
+    """The cell, and in the same one its deviation over seeds where the row has that."""
+    deviation = row.get(key + SPREAD)
+    return _cell(row[key]) if deviation is None else f"{_cell(row[key])} ± {deviation:.2g}"
 
 
 def _cell(value: Cell) -> str:

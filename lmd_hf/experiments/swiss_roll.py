@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmd_hf.experiments.catalogue import EXPERIMENTS
-from lmd_hf.experiments.figures import dots, panels
+from lmd_hf.experiments.figures import dots, doublings, panels
 from lmd_hf.experiments.manifolds import embed, sample, standardised
 from lmd_hf.experiments.networks import fit, layer_inputs, linears, perceptron
 from lmd_hf.experiments.outcome import Check, Outcome, Row, averaged, counted, spread
@@ -174,6 +174,8 @@ def _figure(trials: Sequence[Trial]) -> "Figure":
         for label, side in (("untrained", 1), ("trained", 0)):
             dots(ax, label, {layer: [_sides(t)[side][layer, metric] for t in trials] for layer in LAYERS})
         ax.axhline(INTRINSIC, color="0.5", linewidth=0.8, linestyle="--")
-        ax.set(yscale="log", xlabel="layer", ylabel="participation ratio of S'" if ax is axes[0] else "")
+        doublings(ax)
+        ax.set_xlabel("layer")
+    axes[0].set_ylabel("participation ratio of S'")
     axes[0].legend(fontsize="small")
     return figure

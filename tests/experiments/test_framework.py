@@ -37,6 +37,13 @@ def test_the_report_shows_every_number():
         assert part in text
 
 
+def test_a_deviation_stands_beside_its_mean():
+    rows = [{"x": 1.0, "x sd": 0.25}, {"x": 2.0, "x sd": None}]
+    lines = Outcome("a", "", "", (), (0,), {"t": rows}).to_markdown().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[-4:] == [["x"], ["----------"], ["1 ± 0.25"], ["2"]]
+
+
 def test_nan_is_refused(tmp_path):
     broken = Outcome("x", "", "", (), (0,), {"t": [{"a": math.nan}]})
     with pytest.raises(ValueError, match="not JSON compliant"):
