@@ -22,7 +22,9 @@ SEEDS = 10  # a claim rests on ten seeds
 EXPERIMENTS: dict[str, str] = {  # name: its question
     "swiss-roll": "Does S' find the intrinsic dimension of the data that a network was trained on?",
     "activations": "Does the latent dimension grow with the degree of the activation, and the held-out error with it?",
+    "training": "How do the factors of a Transformer change from initialisation to convergence?",
     "high-dimension": "Does S' tell data of few intrinsic dimensions from data of many?",
+    "semantics": "Do the latent axes of a trained network separate the classes that it learned?",
 }
 
 

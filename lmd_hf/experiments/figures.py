@@ -23,8 +23,10 @@ def panels(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def dots(axes: Axes, label: str, groups: Mapping[Any, Sequence[float]]) -> None:
-    """A line through the means of the groups, and a small dot for every seed of each."""
-    (line,) = axes.plot(list(groups), [statistics.fmean(values) for values in groups.values()], label=label)
+    """The mean of each group, joined by a line where the groups are numbers, and a small dot for every seed."""
+    style = "o" if any(isinstance(name, str) for name in groups) else "-"
+    means = [statistics.fmean(values) for values in groups.values()]
+    (line,) = axes.plot(list(groups), means, style, label=label, markersize=5)
     for place, values in groups.items():
         axes.plot([place] * len(values), list(values), ".", color=line.get_color(), markersize=3, alpha=0.5)
 

@@ -108,8 +108,9 @@ def judge(trials: Trials) -> tuple[Check, ...]:
 def _judge_graph(graph: str, trials: Trials) -> tuple[Check, ...]:
     ratios = {name: [t.trained[graph] for t in of_seeds] for name, of_seeds in trials.items()}
     dial = [ratios[f"d = {dimension}"] for dimension in DIAL]
-    correlations = [float(spearmanr(DIAL, values).statistic) for values in zip(*dial, strict=True)]
-    rising = [value >= CORRELATION for value in correlations]
+    correlations = _correlations(dial)
+    control = _correlations([[t.untrained[graph] for t in trials[f"d = {dimension}"]] for dimension in DIAL])
+    rising, flat = [value >= CORRELATION for value in correlations], [value < CORRELATION for value in control]
     low, images = ratios[f"d = {LOW}"], (ratios["digits"], ratios["photographs"])
     above = [min(pair) > bound for bound, *pair in zip(low, *images, strict=True)]
     means = {d: statistics.fmean(values) for d, values in zip(DIAL, dial, strict=True) if d <= FOUND}
@@ -119,6 +120,11 @@ def _judge_graph(graph: str, trials: Trials) -> tuple[Check, ...]:
             f"{graph} graph: S' follows the dial, rank correlation at least {CORRELATION} {needed}",
             f"{spread(correlations)}, that much {counted(rising)}",
             sum(rising) >= SHARE * len(rising),
+        ),
+        Check(
+            f"{graph} graph, control: the same layer untrained does not follow it that closely {needed}",
+            f"{spread(control)}, less {counted(flat)}",
+            sum(flat) >= SHARE * len(flat),
         ),
         Check(
             f"{graph} graph: S' is the dial, its mean participation ratio within a factor {FACTOR} of each d ≤ {FOUND}",
@@ -131,6 +137,10 @@ def _judge_graph(graph: str, trials: Trials) -> tuple[Check, ...]:
             sum(above) >= SHARE * len(above),
         ),
     )
+
+
+def _correlations(dial: Sequence[Sequence[float]]) -> list[float]:
+    return [float(spearmanr(DIAL, values).statistic) for values in zip(*dial, strict=True)]
 
 
 def _trial(name: str, seed: int, setup: Setup) -> Trial:
