@@ -51,20 +51,22 @@ def verdicts(checks):
     return [check.agrees for check in checks]
 
 
-def roll(trained, untrained=5.0, weights=4.0, error=1e-5):
-    ratios = {(layer, metric): trained for layer in swiss_roll.LAYERS for metric in swiss_roll.METRICS}
-    ratios["middle", "identity"] = weights
-    return swiss_roll.Trial(dict.fromkeys(ratios, untrained), ratios, error)
+def roll(trained, untrained=5.0, weights=4.0, other=2.0, error=1e-5):
+    keys = [(layer, metric) for layer in swiss_roll.LAYERS for metric in swiss_roll.METRICS]
+    ratios = {**dict.fromkeys(keys, trained), ("middle", "identity"): weights}
+    others = {"one target": dict.fromkeys(keys, 2.0), "six targets": dict.fromkeys(keys, other)}
+    return swiss_roll.Trial(dict.fromkeys(keys, untrained), ratios, others, error)
 
 
 def test_swiss_roll_follows_its_rules():
-    assert verdicts(swiss_roll.judge([roll(2.59)] * 10)) == [True] * 6
-    assert verdicts(swiss_roll.judge([roll(2.1)] * 9 + [roll(3.0)])) == [True] * 6  # nine of ten are enough
-    found = verdicts(swiss_roll.judge([roll(2.1)] * 8 + [roll(3.0)] * 2))  # eight are not
-    assert found == [False, True, False, True, True, True]
-    assert verdicts(swiss_roll.judge([roll(2.1, untrained=2.1)] * 10)) == [True, False, True, False, True, True]
-    assert verdicts(swiss_roll.judge([roll(2.3, weights=2.2)] * 10)) == [True, True, True, True, False, True]
-    assert verdicts(swiss_roll.judge([roll(2.1)] * 9 + [roll(2.1, error=3e-4)]))[-1] is False
+    judge = swiss_roll.judge  # found, untrained, other targets of each graph; weights alone; learned
+    assert verdicts(judge([roll(2.59)] * 10)) == [True] * 8
+    assert verdicts(judge([roll(2.1)] * 9 + [roll(3.0)])) == [True] * 8  # nine of ten are enough
+    assert verdicts(judge([roll(2.1)] * 8 + [roll(3.0)] * 2)) == [False, True, True] * 2 + [True] * 2  # eight are not
+    assert verdicts(judge([roll(2.1, untrained=2.1)] * 10)) == [True, False, True] * 2 + [True] * 2
+    assert verdicts(judge([roll(2.1, other=3.0)] * 10)) == [True, True, False] * 2 + [True] * 2
+    assert verdicts(judge([roll(2.3, weights=2.2)] * 10)) == [True] * 6 + [False, True]
+    assert verdicts(judge([roll(2.1)] * 9 + [roll(2.1, error=3e-4)])) == [True] * 7 + [False]
 
 
 def activation_trials(order, span_of_x3=19):
@@ -160,5 +162,6 @@ def test_checkpoints_double_up_to_nine_tenths_and_the_end():
 
 @pytest.mark.slow
 def test_swiss_roll_finds_two_dimensions():
-    outcome = swiss_roll.run((0, 1))
-    assert outcome.agrees, outcome.found
+    """The issue's measure and its control, for both graphs; the other targets may disagree, and for knn they do."""
+    found = swiss_roll.run((0, 1)).checks
+    assert all(found[place].agrees for place in (0, 1, 3, 4, 6, 7)), [check.found for check in found]
