@@ -15,7 +15,7 @@ from huggingface_hub.utils import tqdm
 
 from lmd_hf.changes import Pair
 from lmd_hf.errors import LmdError, SettingsError, SourceError
-from lmd_hf.records import MatrixRef, Plan, Settings, Work
+from lmd_hf.records import Data, MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
@@ -57,6 +57,7 @@ def analyze(
     match: str = "",
     rank: int = 0,
     device: str = "auto",
+    data: str | Path | Data | None = None,
     factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report: ...
@@ -82,6 +83,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     match: str = "",
     rank: int = 0,
     device: str = "auto",
+    data: str | Path | Data | None = None,
     factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report | list[Report]:
@@ -114,6 +116,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         match=match,
         rank=rank,
         device=device,
+        data=Data(str(data)) if isinstance(data, (str, Path)) else data,
     )
     if (rank > 0) != (factors is not None):
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")

@@ -156,14 +156,43 @@ class Inventory:
 
 
 @dataclass(frozen=True)
+class Data:
+    """Which data the metric `data` comes from. Each field is an option of the command line."""
+
+    dataset: str = field(
+        default="",
+        metadata={
+            "help": "for --metric data: a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, an image folder",
+            "unset": "none",
+        },
+    )
+    samples: int = field(default=512, metadata={"help": "so many examples of the dataset, drawn uniformly"})
+    seq_len: int = field(default=128, metadata={"help": "longer texts are cut to so many tokens"})
+    batch_size: int = field(default=8, metadata={"help": "examples in one forward pass"})
+    graph: str = field(
+        default="complete",
+        metadata={
+            "choices": ("complete", "knn"),
+            "help": "of the metric: complete is the covariance, knn looks at nearest neighbours alone",
+        },
+    )
+    neighbours: int = field(default=10, metadata={"help": "of each sample in a nearest-neighbour graph"})
+    tokens: int = field(
+        default=0,
+        metadata={"help": "in the uniform sample that covariances use; 0: twice the widest input, at least 4,096"},
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """What to compute. Each field is a keyword of `analyze` and an option of the command line."""
 
     metric: str = field(
         default="identity",
         metadata={
-            "choices": ("identity", "norm"),
-            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it",
+            "choices": ("identity", "norm", "data"),
+            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it; data: of W "
+            "in the metric of its inputs over a dataset",
         },
     )
     kernel: str = field(
@@ -183,6 +212,7 @@ class Settings:
         default=0, metadata={"help": "write so many leading axes of every matrix as factors too, below --out"}
     )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one"})
+    data: Data | None = field(default=None, metadata={"fields": Data})
 
 
 @dataclass(frozen=True)
