@@ -139,7 +139,8 @@ def _analyze_one(
         table.result()
         opened = time.perf_counter()
         with ExitStack() as open_files:
-            kept = nullcontext(Journal()) if source.module is not None else open_journal(source.identity)
+            forgets = source.module is not None or settings.data is not None
+            kept = nullcontext(Journal()) if forgets else open_journal(source.identity)
             journal = open_files.enter_context(kept)
             # transformers takes seconds to import: the first matrices overlap it
             ahead = open_files.enter_context(_ahead(source, settings, world, journal))

@@ -255,6 +255,28 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DataFigures:
+    """What the data say of one matrix, beside its spectrum in their metric.
+
+    `samples` rows of its input are in the metric, `graph_samples` in the nearest-neighbour graphs, which fall into so
+    many `components` (of `input` and `output`). `energy` = Σs'², the mean squared length of W·x (about its mean where
+    the layer has a bias); its standard error is relative, that of the participation ratio absolute. The two shares say
+    how much of that energy the leading n' axes of S' carry, and of the plain singular value decomposition. `dimensions`
+    holds {input, latent, output: {estimator: (intrinsic dimension, standard error)}}, `None` where samples are too few.
+    """
+
+    samples: int
+    energy: float
+    energy_error: float | None
+    participation_ratio_error: float | None
+    metric_share: float | None
+    weights_share: float | None
+    graph_samples: int
+    components: dict[str, int | None]
+    dimensions: dict[str, dict[str, tuple[float, float] | None]]
+
+
+@dataclass(frozen=True)
 class MatrixReport:
     """All numbers of one matrix. A number that does not apply is `None`.
 
@@ -265,6 +287,9 @@ class MatrixReport:
     `kernel` is what was planned, `method` what ran. Where that is `krylov+quadrature`, `singular_values` are the
     leading ones, each within `error_bound` (relative), and `intervals` holds a 95 % interval for each number that is
     estimated from a sketched distribution; it is `None` where every number is exact to `error_bound`.
+
+    In the metric `data`, `data` and `topology_spectrum` are there too (its ranks as those of the singular values), or
+    `metric_note` says why the metric is another.
     """
 
     name: str
@@ -304,6 +329,10 @@ class MatrixReport:
     singular_value_ranks: tuple[int, ...] | None
     singular_values: np.ndarray = field(compare=False, repr=False)
     intervals: dict[str, tuple[float, float]] | None = None
+    metric_note: str | None = None
+    data: DataFigures | None = None
+    topology_spectrum: np.ndarray | None = field(default=None, compare=False, repr=False)
+    topology_ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -342,3 +371,4 @@ class Results:
     aliases: tuple[Alias, ...]
     environment: dict[str, Any]
     timing: dict[str, float]
+    notes: tuple[str, ...] = ()

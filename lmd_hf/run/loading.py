@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from torch import Tensor, nn
 
+from lmd_hf.compat import local_processes
 from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.run.workers import pick_device
 from lmd_hf.weights.adapter import BUILD_ERRORS
@@ -35,13 +37,17 @@ class Origin:
 
     def load(self, factory: Callable[..., Any], **more: Any) -> Any:
         """`factory(name, …)` without remote code. `SourceError` in one line where transformers cannot."""
+        from transformers.utils import logging
+
+        if are_progress_bars_disabled():
+            logging.disable_progress_bar()
         try:
             return factory(self.name, **self.options, **more)
         except BUILD_ERRORS as error:
             raise SourceError(f"{self.name}: transformers cannot load it ({first_line(error)}){self.remedy}") from None
 
 
-def origin(source: Source, *, subfolder: str = "", token: str | bool | None = None) -> Origin:
+def origin(source: Source) -> Origin:
     """Where a source can be loaded from as a whole.
 
     Raises `SourceError` with the remedy for adapters (alone they have no forward pass), models that need code of
@@ -55,7 +61,7 @@ def origin(source: Source, *, subfolder: str = "", token: str | bool | None = No
         return Origin(identity.id, remedy="; a live module may run on a dataset with a column 'input_ids' instead")
     _refuse_code(identity.id, config)
     if identity.commit is not None:
-        return Origin(identity.id, {"revision": identity.commit, "subfolder": subfolder, "token": token})
+        return Origin(identity.id, {"revision": identity.commit, "subfolder": source.subfolder, "token": source.token})
     place = source.locate(identity.files[0].name)
     alone = Path(identity.id).is_file() and Path(identity.id).name not in WHOLE
     if config is None or alone or not isinstance(place, Path):
@@ -76,7 +82,7 @@ def load_model(source: Source, place: Origin, device: str = "auto") -> nn.Module
     target = pick_device(device)
     if target.type == "cpu":
         return place.load(factory, dtype=torch.float32, trust_remote_code=False)
-    spread = "auto" if device == "auto" else target
+    spread = "auto" if device == "auto" and local_processes() == 1 else target
     return place.load(factory, dtype="auto", device_map=spread, trust_remote_code=False)
 
 
