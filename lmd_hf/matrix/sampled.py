@@ -37,9 +37,9 @@ def energy_errors(
 
     To first order in the sampling error of G (λ moves by uᵀ·δG·u): the sums over each group of samples, such as the
     tokens of one text, are taken as independent, so that likeness within a group is counted. With these N samples; from
-    more of the same groups G is known no worse. `y_NR` are centred where G is. With a `graph` a sample stands for all of
-    its edges, each of which counts at both ends: as if it were left out. `None` for a single group, or no energy. What the first order misses: the ratio itself is low, by about its
-    share of N.
+    more of the same groups G is known no worse. `y_NR` are centred where G is. With a `graph` a sample stands for all
+    of its edges, each of which counts at both ends: as if it were left out. `None` for a single group, or no energy.
+    What the first order misses: the ratio itself is low, by about its share of N.
     """
     energy, squares = gram_RR.trace().item(), (gram_RR**2).sum().item()
     names, places = np.unique(groups_N.cpu().numpy(), return_inverse=True)
