@@ -15,7 +15,7 @@ from huggingface_hub.utils import tqdm
 
 from lmd_hf.changes import Pair
 from lmd_hf.errors import LmdError, SettingsError, SourceError
-from lmd_hf.records import MatrixRef, Plan, Settings, Work
+from lmd_hf.records import Data, MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
@@ -59,6 +59,7 @@ def analyze(
     heads: bool = False,
     rank: int = 0,
     device: str = "auto",
+    data: str | Path | Data | None = None,
     factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report: ...
@@ -85,6 +86,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     heads: bool = False,
     rank: int = 0,
     device: str = "auto",
+    data: str | Path | Data | None = None,
     factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report | list[Report]:
@@ -121,6 +123,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         heads=heads,
         rank=rank,
         device=device,
+        data=Data(str(data)) if isinstance(data, (str, Path)) else data,
     )
     if (rank > 0) != (factors is not None):
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
@@ -143,7 +146,8 @@ def _analyze_one(
         table.result()
         opened = time.perf_counter()
         with ExitStack() as open_files:
-            kept = nullcontext(Journal()) if source.module is not None else open_journal(source.identity)
+            forgets = source.module is not None or settings.data is not None
+            kept = nullcontext(Journal()) if forgets else open_journal(source.identity)
             journal = open_files.enter_context(kept)
             # transformers takes seconds to import: the first matrices overlap it
             ahead = open_files.enter_context(_ahead(source, settings, world, journal))
