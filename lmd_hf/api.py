@@ -15,17 +15,17 @@ from huggingface_hub.utils import tqdm
 
 from lmd_hf.changes import Pair
 from lmd_hf.errors import LmdError, SettingsError, SourceError
-from lmd_hf.records import Data, MatrixRef, Plan, Settings, Work
+from lmd_hf.records import Data, Inventory, MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
-from lmd_hf.run.heads import with_heads
+from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
-from lmd_hf.run.plan import make_plan
+from lmd_hf.run.plan import make_plan, plan_heads
 from lmd_hf.run.world import World
 from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
@@ -151,24 +151,32 @@ def _analyze_one(
             journal = open_files.enter_context(kept)
             # transformers takes seconds to import: the first matrices overlap it
             ahead = open_files.enter_context(_ahead(source, settings, world, journal))
-            todo = world.together(lambda: make_plan(list_matrices(source), source.identity, settings, world.size))
+            inventory, todo = world.together(lambda: _planned(source, settings, world))
             world.check_same(repr((todo.identity, todo.works)))
             planned = time.perf_counter()
             identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
             with _progress("decomposing", todo.works, world) as progress:
                 output = Output(journal, factors)
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
-            if settings.heads:
-                results = with_heads(results, todo, source, world=world)
+            decomposed = time.perf_counter()
+            heads = measure_heads(
+                plan_heads(inventory, settings), source, folded=settings.metric == "norm", world=world
+            )
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
     timing = {"open": opened - started, "plan": planned - opened, **results.timing}
+    timing |= {"heads": time.perf_counter() - decomposed} if settings.heads else {}
     timing["total"] = time.perf_counter() - started
-    report = build_report(hashed, todo, replace(results, timing=timing))
+    report = build_report(hashed, todo, replace(results, timing=timing), heads)
     if report.unread and not report.matrices:
         raise SourceError(report.unread[0].reason)
     return report
+
+
+def _planned(source: Source, settings: Settings, world: World) -> tuple[Inventory, Plan]:
+    inventory = list_matrices(source)
+    return inventory, make_plan(inventory, source.identity, settings, world.size)
 
 
 def analyze_each(

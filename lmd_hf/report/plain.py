@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lmd_hf.changes import MatrixChange
+from lmd_hf.circuits import HeadReport
 from lmd_hf.errors import FormatError
-from lmd_hf.records import DataFigures, HeadReport, MatrixReport, ModelIdentity, WeightFile
+from lmd_hf.records import DataFigures, MatrixReport, ModelIdentity, WeightFile
 
 
 KEPT_VALUES = 512  # singular values of a matrix in JSON; the parquet file has all of them

@@ -4,9 +4,10 @@ import fnmatch
 import heapq
 from collections.abc import Callable
 
+from lmd_hf.circuits import HeadRef
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_flops, sketch_bytes, sketch_flops, sketch_pays
-from lmd_hf.records import ROLES, Data, HeadRef, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
 
@@ -29,7 +30,6 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     others = [ref for ref in inventory.selected if id(ref) not in kept]
     unselected = [Skipped(name, shape, "not selected") for ref in others for name, shape in pieces(ref)]
     works = tuple(_work(ref, settings) for ref in chosen)
-    heads, notes = _heads(inventory, kept) if settings.heads else ((), ())
     return Plan(
         identity=identity,
         settings=settings,
@@ -38,17 +38,21 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
         skipped=inventory.skipped + tuple(unselected),
         aliases=inventory.aliases,
         parameters=inventory.parameters,
-        notes=(*inventory.notes, *notes),
-        heads=heads,
+        notes=(*inventory.notes, *(_unformed(inventory, chosen) if settings.heads else ())),
     )
 
 
-def _heads(inventory: Inventory, kept: set[int]) -> tuple[tuple[HeadRef, ...], tuple[str, ...]]:
-    """The heads of which a matrix is selected, and why others cannot be formed."""
-    heads, unformed = list_heads(inventory)
-    chosen = {ref.name for ref in inventory.selected if id(ref) in kept}
-    notes = unformed_notes(each for each in unformed if each.name in chosen)
-    return tuple(head for head in heads if chosen & {ref.name for ref in head_matrices(head)}), notes
+def plan_heads(inventory: Inventory, settings: Settings) -> tuple[HeadRef, ...]:
+    """The heads of which a matrix is selected; none where they are not asked for."""
+    if not settings.heads:
+        return ()
+    is_chosen = selector(inventory, settings)
+    return tuple(head for head in list_heads(inventory)[0] if any(map(is_chosen, head_matrices(head))))
+
+
+def _unformed(inventory: Inventory, chosen: list[MatrixRef]) -> tuple[str, ...]:
+    names = {ref.name for ref in chosen}
+    return unformed_notes(each for each in list_heads(inventory)[1] if each.name in names)
 
 
 def selector(inventory: Inventory, settings: Settings) -> Callable[[MatrixRef], bool]:
