@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmd_hf.api import analyze, compare, plan
     from lmd_hf.errors import LmdError
+    from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
@@ -19,12 +20,24 @@ _HOMES = {
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
     "plan": "lmd_hf.api",
+    "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
 }
-__all__ = ["Comparison", "LmdError", "Report", "Settings", "__version__", "analyze", "compare", "decompose", "plan"]
+__all__ = [
+    "Comparison",
+    "LmdError",
+    "Report",
+    "Settings",
+    "__version__",
+    "analyze",
+    "compare",
+    "decompose",
+    "plan",
+    "required_degree",
+]
 
 
 def __getattr__(name: str) -> Any:

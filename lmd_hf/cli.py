@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
             "--base", help="of a LoRA adapter: decompose this base with it added (auto: the one it names)"
         )
         for field in dataclasses.fields(_settings()):
-            _add_setting(named_models, field)
+            for setting in _settings_in(field):
+                _add_setting(named_models, setting)
     written = argparse.ArgumentParser(add_help=False)
     written.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.json, matrices.parquet and figures there"
@@ -146,20 +147,30 @@ def _settings() -> Any:
     return Settings
 
 
+def _settings_in(field: "dataclasses.Field[Any]") -> "tuple[dataclasses.Field[Any], ...]":
+    """A setting itself, or those of the record that it holds."""
+    record = field.metadata.get("fields")
+    return (field,) if record is None else dataclasses.fields(record)
+
+
 def _comparison_settings() -> "list[dataclasses.Field[Any]]":
     """The settings that mean something for two models."""
     return [f for f in dataclasses.fields(_settings()) if f.name in ("roles", "layers", "match", "device")]
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
+    if isinstance(field.default, bool):
+        parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
+        return
     is_list = isinstance(field.default, tuple)
+    shown = field.metadata.get("unset", "all") if field.default in ("", ()) else field.default
     parser.add_argument(
-        f"--{field.name}",
+        f"--{field.name.replace('_', '-')}",
         default=field.default,
         choices=field.metadata.get("choices"),
         type=_comma_list if is_list else type(field.default),
         metavar=None if "choices" in field.metadata else field.name.upper(),
-        help=f"{field.metadata['help']} (default: {'all' if field.default in ('', ()) else field.default})",
+        help=f"{field.metadata['help']} (default: {shown})",
     )
 
 
@@ -168,7 +179,18 @@ def _comma_list(text: str) -> tuple[str, ...]:
 
 
 def _chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(_settings())}
+    chosen: dict[str, Any] = {}
+    for field in dataclasses.fields(_settings()):
+        values = {setting.name: getattr(options, setting.name) for setting in _settings_in(field)}
+        record = field.metadata.get("fields")
+        chosen[field.name] = values[field.name] if record is None else _recorded(record, values)
+    return chosen
+
+
+def _recorded(record: Any, values: dict[str, Any]) -> Any:
+    """The record of these options; `None` if all are as they are by default."""
+    made = record(**values)
+    return None if made == record() else made
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -146,13 +146,45 @@ class Alias:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every stored parameter of a model, once: selected + skipped + stored aliases add up to `parameters`."""
+    """Every stored parameter of a model, once: selected + skipped + stored aliases add up to `parameters`.
+
+    `config` is config.json, with transformers' own defaults filled in where its module tree was built.
+    """
 
     selected: tuple[MatrixRef, ...]
     skipped: tuple[Skipped, ...]
     aliases: tuple[Alias, ...]
     parameters: int
     notes: tuple[str, ...]
+    config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data the metric `data` comes from. Each field is an option of the command line."""
+
+    dataset: str = field(
+        default="",
+        metadata={
+            "help": "for --metric data: a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, an image folder",
+            "unset": "none",
+        },
+    )
+    samples: int = field(default=512, metadata={"help": "so many examples of the dataset, drawn uniformly"})
+    seq_len: int = field(default=128, metadata={"help": "longer texts are cut to so many tokens"})
+    batch_size: int = field(default=8, metadata={"help": "examples in one forward pass"})
+    graph: str = field(
+        default="complete",
+        metadata={
+            "choices": ("complete", "knn"),
+            "help": "of the metric: complete is the covariance, knn looks at nearest neighbours alone",
+        },
+    )
+    neighbours: int = field(default=10, metadata={"help": "of each sample in a nearest-neighbour graph"})
+    tokens: int = field(
+        default=0,
+        metadata={"help": "in the uniform sample that covariances use; 0: twice the widest input, at least 4,096"},
+    )
 
 
 @dataclass(frozen=True)
@@ -162,8 +194,9 @@ class Settings:
     metric: str = field(
         default="identity",
         metadata={
-            "choices": ("identity", "norm"),
-            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it",
+            "choices": ("identity", "norm", "data"),
+            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it; data: of W "
+            "in the metric of its inputs over a dataset",
         },
     )
     kernel: str = field(
@@ -179,10 +212,14 @@ class Settings:
     roles: tuple[str, ...] = field(default=(), metadata={"help": "only these roles, such as q,k,down"})
     layers: str = field(default="", metadata={"help": "only these layers, such as 0-3,-1 (-1 is the last)"})
     match: str = field(default="", metadata={"help": "only tensors whose name fits this glob"})
+    heads: bool = field(
+        default=False, metadata={"help": "read every attention head as a Hopfield memory too: its QK and OV circuits"}
+    )
     rank: int = field(
         default=0, metadata={"help": "write so many leading axes of every matrix as factors too, below --out"}
     )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one"})
+    data: Data | None = field(default=None, metadata={"fields": Data})
 
 
 @dataclass(frozen=True)
@@ -225,16 +262,42 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DataFigures:
+    """What the data say of one matrix, beside its spectrum in their metric.
+
+    `samples` rows of its input are in the metric, `graph_samples` in the nearest-neighbour graphs, which fall into so
+    many `components` (of `input` and `output`). `energy` = Σs'², the mean squared length of W·x (about its mean where
+    the layer has a bias); its standard error is relative, that of the participation ratio absolute. The two shares say
+    how much of that energy the leading n' axes of S' carry, and of the plain singular value decomposition. `dimensions`
+    holds {input, latent, output: {estimator: (intrinsic dimension, standard error)}}, `None` where samples are too few.
+    """
+
+    samples: int
+    energy: float
+    energy_error: float | None
+    participation_ratio_error: float | None
+    metric_share: float | None
+    weights_share: float | None
+    graph_samples: int
+    components: dict[str, int | None]
+    dimensions: dict[str, dict[str, tuple[float, float] | None]]
+
+
+@dataclass(frozen=True)
 class MatrixReport:
     """All numbers of one matrix. A number that does not apply is `None`.
 
     Norms, ranks and `singular_values` describe S', the spectrum in the metric used (σ(W) under `identity`);
-    `numerical_rank` and the noise figures (`mp_…`) are always those of σ(W). `singular_value_ranks` is `None` when
+    `numerical_rank` and the noise figures (`mp_…`) are always those of σ(W). `log_volume` is Σ ln σ over the leading
+    `latent_dim` values. `singular_value_ranks` is `None` when
     `singular_values` holds the whole spectrum, else the 1-based ranks of the values that are kept.
 
     `kernel` is what was planned, `method` what ran. Where that is `krylov+quadrature`, `singular_values` are the
     leading ones, each within `error_bound` (relative), and `intervals` holds a 95 % interval for each number that is
     estimated from a sketched distribution; it is `None` where every number is exact to `error_bound`.
+
+    In the metric `data`, `data` and `topology_spectrum` are there too (its ranks as those of the singular values), or
+    `metric_note` says why the metric is another.
     """
 
     name: str
@@ -274,6 +337,11 @@ class MatrixReport:
     singular_value_ranks: tuple[int, ...] | None
     singular_values: np.ndarray = field(compare=False, repr=False)
     intervals: dict[str, tuple[float, float]] | None = None
+    log_volume: float | None = None
+    metric_note: str | None = None
+    data: DataFigures | None = None
+    topology_spectrum: np.ndarray | None = field(default=None, compare=False, repr=False)
+    topology_ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -312,3 +380,4 @@ class Results:
     aliases: tuple[Alias, ...]
     environment: dict[str, Any]
     timing: dict[str, float]
+    notes: tuple[str, ...] = ()

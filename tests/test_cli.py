@@ -63,7 +63,7 @@ def test_analyze_prints_a_table_and_writes_files(capsys, save, tmp_path):
     assert "attention q" in out
     assert "wrote" in err
     written = {p.name for p in (tmp_path / "out").iterdir()}
-    assert written == {"report.json", "matrices.parquet", "card.md", "spectra.png", "heatmap.png"}
+    assert written == {"report.json", "matrices.parquet", "card.md", "spectra.png", "capacity.png", "heatmap.png"}
 
 
 def test_json_is_the_report_and_nothing_else_on_stdout(capsys, save):

@@ -49,6 +49,13 @@ def expressivity(sigma: Float[ndarray, " r"], k: int | None = None) -> float | N
     return None if rank is None or k < 2 else math.log(rank) / math.log(k)
 
 
+def log_volume(sigma: Float[ndarray, " k"], count: int | None) -> float | None:
+    """Σ ln σᵢ over the `count` largest: the logarithm of the volume to which the kept axes take the unit cube. `None`
+    where none is kept or one of them is 0."""
+    kept = sigma[:count] if count else sigma[:0]
+    return float(np.log(kept).sum()) if len(kept) and kept[-1] > 0 else None
+
+
 def numerical_rank(sigma: Float[ndarray, " m"], n: int, relative: float, absolute: float = 0.0) -> int:
     """#{σ > δ(√m+√n) + n·u·σ₁}: the values that rounding alone cannot explain, m ≤ n.
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from lmd_hf import __version__
+from lmd_hf.circuits import Heads
 from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
 from lmd_hf.report.report import SCHEMA, Report
@@ -13,16 +14,19 @@ from lmd_hf.weights.inventory import pieces
 NO_EVIDENCE = {"verdict": "unknown", "evidence": []}
 
 
-def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Report:
+NO_HEADS = Heads((), ())
+
+
+def build_report(identity: ModelIdentity, plan: Plan, results: Results, heads: Heads = NO_HEADS) -> Report:
     """The report of one model; its coverage adds up to every stored parameter, or this raises `AssertionError`."""
     return Report(
         schema=SCHEMA,
         lmd_hf=__version__,
         model=identity,
         settings=dataclasses.asdict(plan.settings) | {"roles": list(plan.settings.roles)},
-        coverage=_coverage(plan, results),
+        coverage=_coverage(plan, results, heads),
         matrices=results.matrices,
-        heads=(),
+        heads=heads.rows,
         findings=find(results.matrices),
         convergence=NO_EVIDENCE,
         environment=results.environment,
@@ -30,7 +34,7 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results) -> Repor
     )
 
 
-def _coverage(plan: Plan, results: Results) -> Coverage:
+def _coverage(plan: Plan, results: Results, heads: Heads) -> Coverage:
     skipped = plan.skipped + results.skipped
     aliases = plan.aliases + results.aliases
     stored = {(work.ref.name, work.ref.part): pieces(work.ref) for work in plan.works}
@@ -38,4 +42,6 @@ def _coverage(plan: Plan, results: Results) -> Coverage:
     passed = sum(math.prod(s.shape) for s in skipped) + sum(math.prod(a.shape) for a in aliases if a.stored)
     assert decomposed + passed == plan.parameters, "every stored parameter must be accounted for"
     fraction = decomposed / plan.parameters if plan.parameters else 0.0
-    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, plan.notes)
+    return Coverage(
+        plan.parameters, decomposed, fraction, skipped, aliases, (*plan.notes, *results.notes, *heads.notes)
+    )

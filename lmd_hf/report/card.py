@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import MatrixReport, Settings
+from lmd_hf.records import Data, MatrixReport, Settings
+from lmd_hf.report import heads
 from lmd_hf.report.findings import noise_ratio
 from lmd_hf.report.text import ROLE_COLUMNS, by_role, coverage_line, matrix_label, role_row, rounded
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 EXTREMES = 3
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
+DEFAULTS = {field.name: field.default for record in (Settings, Data) for field in dataclasses.fields(record)}
 
 
 def section(report: "Report") -> str:
@@ -27,6 +28,7 @@ def section(report: "Report") -> str:
         "".join(f"- {escape(note)}\n" for note in report.coverage.notes),
         _roles(report),
         _extremes(report),
+        heads.section(report.heads),
         _findings(report),
         _reproduce(report),
         "**What this does not say.** These numbers come from the weights alone. They do not measure quality, safety or "
@@ -100,9 +102,11 @@ def _findings(report: "Report") -> str:
 
 def _reproduce(report: "Report") -> str:
     model, settings = report.model, report.settings
+    flat = {**settings, **(settings.get("data") or {}), "data": None}
     options = "".join(
-        f" --{name} {','.join(value) if isinstance(value, list) else value}"
-        for name, value in settings.items()
+        f" --{name.replace('_', '-')}"
+        + ("" if value is True else f" {','.join(value) if isinstance(value, list) else value}")
+        for name, value in flat.items()
         if value and name != "device" and value != DEFAULTS.get(name)
     )
     pinned = f" --revision {model.commit}" if model.commit else ""

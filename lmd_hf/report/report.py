@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmd_hf.circuits import HeadReport
 from lmd_hf.errors import FormatError
 from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
-from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
+from lmd_hf.report.plain import (
+    head_from_dict,
+    identity_from_dict,
+    parse_object,
+    plain,
+    row_from_dict,
+    row_to_dict,
+    to_text,
+)
 
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ class Report:
     settings: dict[str, Any]
     coverage: Coverage
     matrices: tuple[MatrixReport, ...]
-    heads: tuple[dict[str, Any], ...]
+    heads: tuple[HeadReport, ...]
     findings: tuple[Finding, ...]
     convergence: dict[str, Any]
     environment: dict[str, Any]
@@ -47,16 +56,17 @@ class Report:
         return tuple(skipped for skipped in self.coverage.skipped if skipped.reason.startswith(UNREAD))
 
     def summary(self) -> str:
-        """What was found, in a few plain lines: coverage, key figures by role, findings, convergence."""
-        from lmd_hf.report import text
+        """What was found, in a few plain lines: coverage, key figures by role, findings, convergence, heads."""
+        from lmd_hf.report import heads, text
 
-        return text.summary(self)
+        return "\n".join([text.summary(self), *heads.summary(self.heads)])
 
     def table(self, *, limit: int | None = None) -> str:
-        """One line a matrix, for a terminal; `limit` keeps the first lines and says how many follow."""
-        from lmd_hf.report import text
+        """One line a matrix, and one a head; `limit` keeps the first of each and says how many follow."""
+        from lmd_hf.report import heads, text
 
-        return text.table(self, limit=limit)
+        matrices = text.table(self, limit=limit)
+        return f"{matrices}\n\n{heads.table(self.heads, limit=limit)}" if self.heads else matrices
 
     def card(self) -> str:
         """The model-card section, Markdown."""
@@ -65,7 +75,8 @@ class Report:
         return card.section(self)
 
     def plot(self, folder: str | Path | None = None) -> dict[str, Figure]:
-        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role; written as PNG if a folder is given."""
+        """{name: figure}: `spectra` by role and layer, `heatmap` layer × role, `capacity` against expressivity; written
+        as PNG if a folder is given."""
         from lmd_hf.report import plots
 
         figures = plots.figures(self)
@@ -145,6 +156,6 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
             }
         ),
         "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
-        "heads": tuple(values["heads"]),
+        "heads": tuple(head_from_dict(head) for head in values["heads"]),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }

@@ -3,7 +3,7 @@
 import mmap
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +86,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges."""
+    """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
+    `subfolder` and `token` are what the repository was opened with."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -97,6 +98,8 @@ class FileSource:
     notes: tuple[str, ...] = ()
     connection: Connection | None = None
     updates: tuple[Weight, ...] = ()
+    subfolder: str = ""
+    token: str | bool | None = field(default=None, repr=False)
 
     def on_disk(self, name: str) -> bool:
         """Whether reading that file costs no network."""

@@ -108,3 +108,12 @@ def test_pure_noise_falls_back_to_energy():
 def test_a_single_value_has_no_expressivity():
     assert d.expressivity(np.array([2.0])) is None
     assert d.latent_dimension(np.array([2.0]), np.array([2.0]), 9, "identity")[0] == 1
+
+
+def test_log_volume_is_the_determinant_of_the_kept_axes():
+    sigma = np.array([4.0, 2.0, 0.5, 0.0])
+    assert d.log_volume(sigma, 3) == pytest.approx(np.log(np.prod(sigma[:3])))
+    assert d.log_volume(sigma, 1) == pytest.approx(np.log(4))
+    assert d.log_volume(sigma, 4) is None  # a flattened axis
+    assert d.log_volume(sigma, None) is None
+    assert d.log_volume(sigma * np.e, 3) == pytest.approx(d.log_volume(sigma, 3) + 3)

@@ -85,7 +85,7 @@ def test_parquet_is_readable_by_others(report, tmp_path):
     assert len(frame) == len(report.matrices)
     assert frame["stable_rank"].tolist() == [m.stable_rank for m in report.matrices]
     ours = report.to_pandas()
-    assert set(ours.columns) - set(frame.columns) == {"singular_value_ranks"}
+    assert set(ours.columns) - set(frame.columns) == {"singular_value_ranks", "topology_ranks"}
     assert ours["name"].tolist() == frame["name"].tolist()
 
 
@@ -202,8 +202,8 @@ def test_the_card_makes_no_quality_claim(report):
 
 def test_figures_show_every_role_and_layer(report, tmp_path):
     figures = report.plot(tmp_path)
-    assert set(figures) == {"spectra", "heatmap"}
-    assert {p.name for p in tmp_path.iterdir()} == {"spectra.png", "heatmap.png"}
+    assert set(figures) == {"spectra", "capacity", "heatmap"}
+    assert {p.name for p in tmp_path.iterdir()} == {"spectra.png", "capacity.png", "heatmap.png"}
     titles = [axes.get_title() for axes in figures["spectra"].axes]
     assert [t for t in titles if t] == [role for role, _ in text.by_role(report.matrices)]
     lines = sum(len(axes.get_lines()) for axes in figures["spectra"].axes)
@@ -213,8 +213,24 @@ def test_figures_show_every_role_and_layer(report, tmp_path):
     assert (tmp_path / "again" / "spectra.png").read_bytes() == (tmp_path / "spectra.png").read_bytes()
 
 
+def test_the_plane_has_a_mark_for_every_capacity(report):
+    axes, *_ = report.plot()["capacity"].axes
+    marks = np.concatenate([group.get_offsets() for group in axes.collections])
+    known = [(m.expressivity, m.capacity_log10) for m in report.matrices if m.capacity_log10 is not None]
+    assert sorted(map(tuple, marks.tolist())) == sorted(known)
+    assert len(axes.collections) == len(text.by_role(report.matrices))
+    labels = [group.get_label() for group in axes.collections]
+    assert "moe router (0 of 2)" in labels  # two directions are too few for a capacity
+    assert f"attention q ({sum(m.role == 'q' for m in report.matrices)})" in labels
+
+
 def test_a_report_without_layers_has_no_heatmap(tmp_path):
     save_file({"head.weight": torch.randn(5, 9)}, tmp_path / "model.safetensors")
+    assert set(analyze(tmp_path).plot()) == {"spectra", "capacity"}
+
+
+def test_a_report_without_capacities_has_no_plane(tmp_path):
+    save_file({"head.weight": torch.randn(2, 9)}, tmp_path / "model.safetensors")
     assert set(analyze(tmp_path).plot()) == {"spectra"}
 
 
