@@ -25,6 +25,7 @@ EXPERIMENTS: dict[str, str] = {  # name: its question
     "training": "How do the factors of a Transformer change from initialisation to convergence?",
     "high-dimension": "Does S' tell data of few intrinsic dimensions from data of many?",
     "semantics": "Do the latent axes of a trained network separate the classes that it learned?",
+    "hopfield-similarity": "Which similarity finds a stored digit again from a noisy or a half hidden one?",
 }
 
 
