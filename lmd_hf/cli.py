@@ -1,4 +1,4 @@
-"""The command line: `lmd-hf demo | plan | analyze | compare | card | cache`. Torch is imported by what needs it."""
+"""The command line: `lmd-hf demo | plan | analyze | compare | card | cache | reproduce`, torch only where needed."""
 
 import argparse
 import contextlib
@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 from lmd_hf import __version__
 from lmd_hf.compat import rank
 from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
+from lmd_hf.experiments.command import add_reproduce
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
-INTERRUPTED = "lmd-hf: interrupted; nothing was written, finished matrices are kept for the next run"
+INTERRUPTED = "lmd-hf: interrupted; nothing half done was written, what was finished is kept"
 GRACE_SECONDS = 2.0
 FACTORS = "factors"  # the folder below --out
 
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the model-card section, of a model, a report.json or a compare.json",
     )
     card.set_defaults(run=_card)
+    add_reproduce(commands, common)
     return parser
 
 
