@@ -20,7 +20,7 @@ from lmd_hf.experiments.manifolds import embed, sample, standardised
 from lmd_hf.experiments.networks import ACTIVATIONS, fit, layer_inputs, linears, perceptron
 from lmd_hf.experiments.outcome import Check, Outcome, Row, averaged, counted, spread
 from lmd_hf.experiments.seeding import each, generator
-from lmd_hf.matrix.capacity import effective_degree, energy_degree
+from lmd_hf.matrix.activation import effective_degree, energy_degree
 from lmd_hf.matrix.dimension import participation_ratio
 from lmd_hf.matrix.graph import metric_matrix
 from lmd_hf.matrix.lmd import decompose
