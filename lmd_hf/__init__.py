@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmd_hf.api import analyze, compare, plan
     from lmd_hf.errors import LmdError
+    from lmd_hf.evidence import Thresholds
     from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
+    from lmd_hf.run.margin import encoding_margin
 
 __version__ = "0.1.0"
 
@@ -19,22 +21,26 @@ _HOMES = {
     "analyze": "lmd_hf.api",
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
+    "encoding_margin": "lmd_hf.run.margin",
     "plan": "lmd_hf.api",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
+    "Thresholds": "lmd_hf.evidence",
 }
 __all__ = [
     "Comparison",
     "LmdError",
     "Report",
     "Settings",
+    "Thresholds",
     "__version__",
     "analyze",
     "compare",
     "decompose",
+    "encoding_margin",
     "plan",
     "required_degree",
 ]

@@ -15,12 +15,14 @@ from huggingface_hub.utils import tqdm
 
 from lmd_hf.changes import Pair
 from lmd_hf.errors import LmdError, SettingsError, SourceError
+from lmd_hf.evidence import Evidence, Thresholds
 from lmd_hf.records import Data, Inventory, MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
+from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
@@ -50,6 +52,8 @@ def analyze(
     token: str | bool | None = None,
     download: bool = False,
     base: str | Path | None = None,
+    before: str | Path | nn.Module | None = None,
+    thresholds: Thresholds | None = None,
     metric: str = "identity",
     kernel: str = "auto",
     tolerance: float = 0.01,
@@ -77,6 +81,8 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     token: str | bool | None = None,
     download: bool = False,
     base: str | Path | None = None,
+    before: str | Path | nn.Module | None = None,
+    thresholds: Thresholds | None = None,
     metric: str = "identity",
     kernel: str = "auto",
     tolerance: float = 0.01,
@@ -100,6 +106,11 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
 
     With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected; heads
     that cannot be formed are notes of the coverage.
+
+    Whether the training had converged is judged by what there is: the loss curve in a `trainer_state.json` beside the
+    weights (or in the last `checkpoint-N` folder there), with `before` an earlier checkpoint of the same training (a
+    folder, a file, a module, a Hub id, `id@revision`, or `@revision` of the same repository), and what weights alone
+    tell against it; `thresholds` says where a verdict turns. Without evidence it is `unknown`.
 
     With `rank` and `factors`, the rank that has a matrix also writes its leading axes into that folder, one safetensors
     file each: `projection` (U·Odist), `s` (S') and `similarity` (Idist·Vᵀ), as `lmd_hf.decompose` gives them (of
@@ -129,20 +140,24 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
     world = world or World()
     where = {"revision": revision, "subfolder": subfolder, "token": token, "download": download, "base": base}
+    judged = {"before": before, "thresholds": thresholds}
     if isinstance(model, (list, tuple)):
         folders = None if factors is None else [Path(factors) / str(place) for place in range(len(model))]
-        return _analyze_all(model, where, settings, world, folders)
-    return _analyze_one(model, where, settings, world, None if factors is None else Path(factors))
+        return _analyze_all(model, where | judged, settings, world, folders)
+    return _analyze_one(model, where | judged, settings, world, None if factors is None else Path(factors))
 
 
 def _analyze_one(
     model: str | Path | nn.Module, where: dict[str, Any], settings: Settings, world: World, factors: Path | None
 ) -> Report:
     started = time.perf_counter()
+    before, thresholds = where.get("before"), where.get("thresholds") or Thresholds()
+    where = {name: value for name, value in where.items() if name not in ("before", "thresholds")}
     background = ThreadPoolExecutor(1)
     try:
         table = background.submit(load_table)  # while the Hub answers
         source = world.together(lambda: open_source(model, **where))
+        earlier = None if before is None else world.together(lambda: open_before(before, model, source, where))
         table.result()
         opened = time.perf_counter()
         with ExitStack() as open_files:
@@ -166,9 +181,13 @@ def _analyze_one(
     finally:
         background.shutdown(wait=False, cancel_futures=True)
     timing = {"open": opened - started, "plan": planned - opened, **results.timing}
-    timing |= {"heads": time.perf_counter() - decomposed} if settings.heads else {}
-    timing["total"] = time.perf_counter() - started
-    report = build_report(hashed, todo, replace(results, timing=timing), heads)
+    judged = time.perf_counter()
+    timing |= {"heads": judged - decomposed} if settings.heads else {}
+    changes = None if earlier is None else _compare_with(earlier, source, settings, thresholds, world)
+    convergence = judge(source, results.matrices, changes, thresholds=thresholds, world=world)
+    ended = time.perf_counter()
+    timing |= {"evidence": ended - judged, "total": ended - started}
+    report = build_report(hashed, todo, replace(results, timing=timing), heads=heads, convergence=convergence)
     if report.unread and not report.matrices:
         raise SourceError(report.unread[0].reason)
     return report
@@ -177,6 +196,17 @@ def _analyze_one(
 def _planned(source: Source, settings: Settings, world: World) -> tuple[Inventory, Plan]:
     inventory = list_matrices(source)
     return inventory, make_plan(inventory, source.identity, settings, world.size)
+
+
+def _compare_with(before: Source, source: Source, settings: Settings, thresholds: Thresholds, world: World) -> Evidence:
+    return compare_checkpoints(
+        before,
+        source,
+        settings,
+        thresholds=thresholds,
+        world=world,
+        progress=lambda pairs: _progress("comparing", pairs, World()),
+    )
 
 
 def analyze_each(

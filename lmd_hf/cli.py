@@ -19,12 +19,14 @@ from lmd_hf import __version__
 from lmd_hf.compat import rank
 from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
+from lmd_hf.options import add_settings, chosen_settings
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 INTERRUPTED = "lmd-hf: interrupted; nothing half done was written, what was finished is kept"
 GRACE_SECONDS = 2.0
 FACTORS = "factors"  # the folder below --out
+COMPARED = ("roles", "layers", "match", "device")  # the settings that mean something for two models
 
 
 def main() -> NoReturn:
@@ -101,9 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         named_models.add_argument(
             "--base", help="of a LoRA adapter: decompose this base with it added (auto: the one it names)"
         )
-        for field in dataclasses.fields(_settings()):
-            for setting in _settings_in(field):
-                _add_setting(named_models, setting)
+        add_settings(named_models, _settings())
+    judged = argparse.ArgumentParser(add_help=False)
+    verdict = judged.add_argument_group("the verdict on convergence")
+    verdict.add_argument(
+        "--before", metavar="MODEL", help="an earlier checkpoint: a folder, a Hub id, id@revision or @revision"
+    )
+    add_settings(verdict, _thresholds())
     written = argparse.ArgumentParser(add_help=False)
     written.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.json, matrices.parquet and figures there"
@@ -116,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     fetched = argparse.ArgumentParser(add_help=False)
     fetched.add_argument("--download", action="store_true", help="keep whole weight files in the Hub's cache")
     analyze = commands.add_parser(
-        "analyze", parents=[several, fetched, written], help="decompose every matrix of a model, or of several"
+        "analyze", parents=[several, fetched, judged, written], help="decompose every matrix of a model, or of several"
     )
     analyze.set_defaults(run=_analyze)
     compare = commands.add_parser("compare", parents=[common], help="what changed from one model to another")
@@ -124,8 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     for side, what in (("base", "the model before"), ("tuned", "the model after")):
         compare.add_argument(side, metavar=side.upper(), help=f"{what}: a Hub id, a folder or a .safetensors file")
         compare.add_argument(f"--{side}-revision", help=f"branch, tag or commit of {side.upper()}, a Hub id")
-    for field in _comparison_settings():
-        _add_setting(compare, field)
+    add_settings(compare, _settings(), COMPARED)
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
     )
@@ -134,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("model", nargs="?", default="", metavar="MODEL", help="clear only this model's")
     cache.set_defaults(run=_cache)
     card = commands.add_parser(
-        "card", parents=[model, fetched], help="the model-card section, of a model, a report.json or a compare.json"
+        "card",
+        parents=[model, fetched, judged],
+        help="the model-card section, of a model, a report.json or a compare.json",
     )
     card.set_defaults(run=_card)
     add_reproduce(commands, common)
@@ -147,50 +154,14 @@ def _settings() -> Any:
     return Settings
 
 
-def _settings_in(field: "dataclasses.Field[Any]") -> "tuple[dataclasses.Field[Any], ...]":
-    """A setting itself, or those of the record that it holds."""
-    record = field.metadata.get("fields")
-    return (field,) if record is None else dataclasses.fields(record)
+def _thresholds() -> Any:
+    from lmd_hf.evidence import Thresholds
 
-
-def _comparison_settings() -> "list[dataclasses.Field[Any]]":
-    """The settings that mean something for two models."""
-    return [f for f in dataclasses.fields(_settings()) if f.name in ("roles", "layers", "match", "device")]
-
-
-def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]") -> None:
-    if isinstance(field.default, bool):
-        parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
-        return
-    is_list = isinstance(field.default, tuple)
-    shown = field.metadata.get("unset", "all") if field.default in ("", ()) else field.default
-    parser.add_argument(
-        f"--{field.name.replace('_', '-')}",
-        default=field.default,
-        choices=field.metadata.get("choices"),
-        type=_comma_list if is_list else type(field.default),
-        metavar=None if "choices" in field.metadata else field.name.upper(),
-        help=f"{field.metadata['help']} (default: {shown})",
-    )
-
-
-def _comma_list(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
+    return Thresholds
 
 
 def _chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
-    chosen: dict[str, Any] = {}
-    for field in dataclasses.fields(_settings()):
-        values = {setting.name: getattr(options, setting.name) for setting in _settings_in(field)}
-        record = field.metadata.get("fields")
-        chosen[field.name] = values[field.name] if record is None else _recorded(record, values)
-    return chosen
-
-
-def _recorded(record: Any, values: dict[str, Any]) -> Any:
-    """The record of these options; `None` if all are as they are by default."""
-    made = record(**values)
-    return None if made == record() else made
+    return chosen_settings(_settings(), options)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -229,7 +200,8 @@ def _run_analysis(options: argparse.Namespace, model: str, **shared: Any) -> Any
 
 
 def _where(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base")}
+    named = {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base", "before")}
+    return named | {"thresholds": _thresholds()(**chosen_settings(_thresholds(), options))}
 
 
 def _analyze_several(options: argparse.Namespace, world: Any) -> None:
@@ -331,7 +303,7 @@ def _compare(options: argparse.Namespace) -> None:
         options.tuned,
         base_revision=options.base_revision,
         tuned_revision=options.tuned_revision,
-        settings=Settings(**{field.name: getattr(options, field.name) for field in _comparison_settings()}),
+        settings=Settings(**{name: getattr(options, name) for name in COMPARED}),
     )
     if options.out is not None:
         from lmd_hf.report.files import comparison_writers

@@ -26,8 +26,9 @@ from lmd_hf.experiments.figures import dots, panels
 from lmd_hf.experiments.outcome import Cell, Check, Outcome, averaged, counted, spread
 from lmd_hf.experiments.seeding import each, generator, seed_of
 from lmd_hf.records import Settings
-from lmd_hf.report.findings import looks_untrained, noise_ratio
+from lmd_hf.report.findings import noise_ratio
 from lmd_hf.report.plain import Row
+from lmd_hf.run.convergence import looks_untrained
 
 
 if TYPE_CHECKING:

@@ -5,19 +5,19 @@ import math
 
 from lmd_hf import __version__
 from lmd_hf.circuits import Heads
+from lmd_hf.evidence import Convergence
 from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
 from lmd_hf.report.report import SCHEMA, Report
 from lmd_hf.weights.inventory import pieces
 
 
-NO_EVIDENCE = {"verdict": "unknown", "evidence": []}
-
-
 NO_HEADS = Heads((), ())
 
 
-def build_report(identity: ModelIdentity, plan: Plan, results: Results, heads: Heads = NO_HEADS) -> Report:
+def build_report(
+    identity: ModelIdentity, plan: Plan, results: Results, *, convergence: Convergence, heads: Heads = NO_HEADS
+) -> Report:
     """The report of one model; its coverage adds up to every stored parameter, or this raises `AssertionError`."""
     return Report(
         schema=SCHEMA,
@@ -28,7 +28,7 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results, heads: H
         matrices=results.matrices,
         heads=heads.rows,
         findings=find(results.matrices),
-        convergence=NO_EVIDENCE,
+        convergence=convergence,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
     )

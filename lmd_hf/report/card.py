@@ -9,7 +9,15 @@ from tabulate import tabulate
 from lmd_hf.records import Data, MatrixReport, Settings
 from lmd_hf.report import heads
 from lmd_hf.report.findings import noise_ratio
-from lmd_hf.report.text import ROLE_COLUMNS, by_role, coverage_line, matrix_label, role_row, rounded
+from lmd_hf.report.text import (
+    ROLE_COLUMNS,
+    by_role,
+    convergence_lines,
+    coverage_line,
+    matrix_label,
+    role_row,
+    rounded,
+)
 
 
 if TYPE_CHECKING:
@@ -97,7 +105,8 @@ def _findings(report: "Report") -> str:
         )
         for finding in report.findings
     ]
-    return "\n".join([*lines, f"- *convergence*: {report.convergence['verdict']}"])
+    verdict, *evidence = map(escape, convergence_lines(report.convergence))
+    return "\n".join([*lines, f"- *convergence*: {verdict}", *(f"  - {piece}" for piece in evidence)])
 
 
 def _reproduce(report: "Report") -> str:

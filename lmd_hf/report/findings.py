@@ -5,6 +5,7 @@ The paper (arXiv 2309.05968) names three; the measures and thresholds are this p
 
 from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import Finding, MatrixReport
+from lmd_hf.run.convergence import looks_untrained
 
 
 SLOW_DECAY = 0.9  # of the participation ratio of an i.i.d. matrix of the same shape, k/(1+β)
@@ -36,7 +37,7 @@ def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) 
             "not converged",
             "found" if raw else "not found",
             f"{len(raw)} of {total} matrices cannot be told from i.i.d. noise, as at initialisation",
-            "no spikes above the noise edge, and Kolmogorov–Smirnov distance to Marchenko–Pastur below threshold / k",
+            "no spikes beyond noise at 99 %, and Kolmogorov–Smirnov distance to Marchenko–Pastur below threshold / k",
             NOISE_FIT,
             raw,
         ),
@@ -49,18 +50,6 @@ def noise_ratio(matrix: MatrixReport) -> float | None:
     if matrix.participation_ratio is None or short < 2:
         return None
     return matrix.participation_ratio * (1 + short / long) / short
-
-
-def looks_untrained(matrix: MatrixReport) -> bool:
-    """Indistinguishable from an i.i.d. matrix: no spikes, and a bulk closer to Marchenko–Pastur than 6/k.
-
-    Of a sketch this is said where the intervals leave room for it, for noise itself is never told apart by less.
-    """
-    intervals, distance, spikes = matrix.intervals or {}, matrix.mp_fit_distance, matrix.mp_spikes
-    if distance is None or spikes is None:
-        return False
-    least, fewest = (intervals.get(n, (v,))[0] for n, v in (("mp_fit_distance", distance), ("mp_spikes", spikes)))
-    return fewest == 0 and least < NOISE_FIT / min(matrix.shape)
 
 
 def label(matrix: MatrixReport) -> str:

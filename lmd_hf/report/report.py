@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmd_hf.circuits import HeadReport
 from lmd_hf.errors import FormatError
+from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
 from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
 from lmd_hf.report.plain import (
     head_from_dict,
@@ -40,7 +41,7 @@ class Report:
     matrices: tuple[MatrixReport, ...]
     heads: tuple[HeadReport, ...]
     findings: tuple[Finding, ...]
-    convergence: dict[str, Any]
+    convergence: Convergence
     environment: dict[str, Any]
     timing: dict[str, float]
 
@@ -157,5 +158,18 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
         ),
         "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
         "heads": tuple(head_from_dict(head) for head in values["heads"]),
+        "convergence": _convergence(values["convergence"]),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }
+
+
+def _convergence(values: dict[str, Any]) -> Convergence:
+    return Convergence(
+        values["verdict"],
+        tuple(Evidence(**{**piece, "layers": _layers(piece["layers"])}) for piece in values["evidence"]),
+        _layers(values.get("layers", [])),  # reports of the first versions have none
+    )
+
+
+def _layers(values: list[dict[str, Any]]) -> tuple[LayerVerdict, ...]:
+    return tuple(LayerVerdict(**layer) for layer in values)

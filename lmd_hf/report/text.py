@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from lmd_hf.changes import MatrixChange
+from lmd_hf.evidence import Convergence
 from lmd_hf.records import Coverage, MatrixReport, Skipped
 from lmd_hf.report.plain import Row
 
@@ -28,6 +29,7 @@ COLUMNS = (
     "capacity",
     "error bound",
 )
+SHOWN_LAYERS = 12
 
 
 def summary(report: "Report") -> str:
@@ -43,9 +45,31 @@ def summary(report: "Report") -> str:
         tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),
         "",
         *(f"{f.signature}: {f.status} ({f.text})" for f in report.findings),
-        f"convergence: {report.convergence['verdict']}",
+        *(f"{'  ' if i else 'convergence: '}{t}" for i, t in enumerate(convergence_lines(report.convergence))),
     ]
     return "\n".join(lines)
+
+
+def convergence_lines(convergence: Convergence) -> list[str]:
+    """The verdict with the layers that have another, then a line for each piece of evidence."""
+    pieces = []
+    for piece in convergence.evidence:
+        where = "" if piece.source.endswith(piece.kind) else f" ({piece.source})"
+        pieces.append(f"{piece.kind}{where}: {piece.verdict}, {piece.text}")
+    return [f"{convergence.verdict}{_odd_layers(convergence)}", *(pieces or ["no evidence was found"])]
+
+
+def _odd_layers(convergence: Convergence) -> str:
+    odd: dict[str, list[str]] = {}
+    for each in convergence.layers:
+        if each.verdict != convergence.verdict:
+            name = "what lies outside the layers" if each.layer is None else f"{each.stack} {each.layer}".strip()
+            odd.setdefault(each.verdict, []).append(name)
+    texts = []
+    for verdict, names in odd.items():
+        more = f" and {len(names) - SHOWN_LAYERS} more" if len(names) > SHOWN_LAYERS else ""
+        texts.append(f"; {verdict} by themselves: layers {', '.join(names[:SHOWN_LAYERS])}{more}")
+    return "".join(texts)
 
 
 def coverage_line(coverage: Coverage) -> str:

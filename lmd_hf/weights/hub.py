@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     RepositoryNotFoundError,
@@ -22,7 +23,17 @@ from lmd_hf.errors import SourceError
 from lmd_hf.records import TensorRef, WeightFile
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
-from lmd_hf.weights.repository import INDEX, config_file, read_config, read_index, unread_files, weight_files
+from lmd_hf.weights.repository import (
+    INDEX,
+    STATE,
+    config_file,
+    find_state,
+    newest_state,
+    read_config,
+    read_index,
+    unread_files,
+    weight_files,
+)
 from lmd_hf.weights.source import FileSource, from_files, make_identity, open_folder, read_local_header, unique
 
 
@@ -66,7 +77,10 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     commit = resolve_commit(api, repo_id, revision)
     if folder := _cached_folder(repo_id, commit, subfolder):
         source = open_folder(folder, identifier=repo_id)
-        return replace(source, identity=replace(source.identity, revision=revision, commit=commit))
+        identity = replace(source.identity, revision=revision, commit=commit)
+        return replace(
+            source, identity=identity, training=partial(_cached_state, api, folder, repo_id, commit, subfolder)
+        )
     prefix = f"{subfolder}/" if subfolder else ""
     listing = api.list_repo_tree(repo_id, path_in_repo=subfolder or None, recursive=True, revision=commit)
     sizes = {entry.path.removeprefix(prefix): entry for entry in listing if hasattr(entry, "size")}
@@ -81,11 +95,16 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     config = read_config(fetch(described)) if described in sizes else None
     notes = unread_files(list(sizes), names)
     connection = Connection(repo_id, _headers(api), partial(_cached, repo_id, prefix, commit))
+    state = newest_state(list(sizes))
+
+    def training() -> tuple[str, Path] | None:
+        return None if state is None else (state, _download(fetch, repo_id, state, connection))
+
     if not names[0].endswith(".safetensors"):  # the header of a pickle or a GGUF file is not at one place
         paths = [_download(fetch, repo_id, name, connection) for name in names]
         source = from_files(paths[0].parent, names, config, repo_id)
         identity = replace(source.identity, revision=revision, commit=commit)
-        return replace(source, identity=identity, notes=(*source.notes, *notes))
+        return replace(source, identity=identity, notes=(*source.notes, *notes), training=training)
     files = [WeightFile(name, sizes[name].size, sizes[name].lfs.sha256 if sizes[name].lfs else None) for name in names]
     remote = {
         file.name: RemoteFile(
@@ -104,7 +123,18 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     if index is not None:
         index.check(tuple(tensors))
     identity = make_identity(repo_id, revision, commit, config, files)
-    return FileSource(identity, config, unique(tensors), locate, connection=connection, notes=notes)
+    return FileSource(identity, config, unique(tensors), locate, connection=connection, notes=notes, training=training)
+
+
+def _cached_state(api: HfApi, folder: Path, repo_id: str, commit: str, subfolder: str) -> tuple[str, Path] | None:
+    """The trainer's state of a snapshot whose weights are cached: from the cache, or one question to the Hub, whose
+    answer the cache keeps; without a Hub, what the cache has."""
+    if (found := find_state(folder)) is not None or is_offline_mode():
+        return found
+    try:
+        return STATE, _fetch(api, repo_id, f"{subfolder}/" if subfolder else "", commit, STATE)
+    except (EntryNotFoundError, *unreachable_errors()):
+        return None
 
 
 def _headers(api: HfApi) -> dict[str, str]:

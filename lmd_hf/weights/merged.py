@@ -49,4 +49,5 @@ def open_merged(model: str | Path | nn.Module, base: str | Path, **options: Any)
         locate=lambda name: (adapter if name in files else below).locate(name),
         notes=(f"the adapter's updates are added to {below.identity.id}{at}", *below.notes),
         updates=list_weights(adapter.tensors, adapter.config, adapter.read),
+        training=adapter.training,
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,7 @@ from lmd_hf.records import TensorRef
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
+STATE = "trainer_state.json"
 PARAMS = "params.json"  # which says how wide LLaMA's own files, `consolidated.00.pth` …, are when joined
 INDEX = "model.safetensors.index.json"
 NAMED = 5  # files that a note names before it counts
@@ -132,3 +134,16 @@ def config_file(names: list[str]) -> str:
     if is_sliced(names):
         return PARAMS
     return "adapter_config.json" if names[0].startswith("adapter_model") else "config.json"
+
+
+def newest_state(names: Iterable[str]) -> str | None:
+    """The trainer's state that belongs to the weights: the one beside them, else the last `checkpoint-N` folder's."""
+    numbered = {int(found[1]): name for name in names if (found := re.fullmatch(rf"checkpoint-(\d+)/{STATE}", name))}
+    return STATE if STATE in names else numbered[max(numbered)] if numbered else None
+
+
+def find_state(folder: Path) -> tuple[str, Path] | None:
+    """(its name, where it is) of the trainer's state in a folder or in the last of its checkpoints."""
+    paths = [folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")]
+    name = newest_state([path.relative_to(folder).as_posix() for path in paths if path.is_file()])
+    return None if name is None else (name, folder / name)

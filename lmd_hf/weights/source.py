@@ -4,6 +4,7 @@ import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from lmd_hf.weights.repository import (
     PICKLES,
     WEIGHTS,
     config_file,
+    find_state,
     is_sliced,
     read_config,
     read_index,
@@ -87,7 +89,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class FileSource:
     """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
-    `subfolder` and `token` are what the repository was opened with."""
+    `subfolder` and `token` are what the repository was opened with. `training` finds the (name, path) of the state that
+    a trainer left beside them, and fetches it."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -100,6 +103,7 @@ class FileSource:
     updates: tuple[Weight, ...] = ()
     subfolder: str = ""
     token: str | bool | None = field(default=None, repr=False)
+    training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
 
     def on_disk(self, name: str) -> bool:
         """Whether reading that file costs no network."""
@@ -220,12 +224,12 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
     identity = make_identity(identifier, None, None, config, files)
     if config is not None and is_adapter(config):
         notes = (adapter_note(config),)
+    source = FileSource(identity, config, (), lambda name: folder / name, training=partial(find_state, folder))
     if is_sliced(names):
         from lmd_hf.weights.sliced import join
 
-        return join(FileSource(identity, config, (), lambda name: folder / name), tensors)
-    refs = unique(tensors)
-    return FileSource(identity, config, refs, lambda name: folder / name, shared=tuple(shared.items()), notes=notes)
+        return join(source, tensors)
+    return replace(source, tensors=unique(tensors), shared=tuple(shared.items()), notes=notes)
 
 
 def read_local_header(path: Path, name: str) -> tuple[TensorRef, ...]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from lmd_hf import Report, analyze
 from lmd_hf.errors import FormatError, OutputError, SourceError
+from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
 from lmd_hf.records import Alias, Coverage, Skipped
 from lmd_hf.report import findings, text
 from lmd_hf.report.card import escape
@@ -47,6 +48,7 @@ def test_the_schema_accepts_reports_and_nothing_else(report, wide):
         {"matrices": [{}]},
         {"extra": 1},
         {"convergence": {"verdict": "good"}},
+        {"convergence": {"verdict": "stable", "evidence": [{}]}},
     ):
         assert not validator.is_valid({**json.loads(report.to_json()), **damage})
 
@@ -61,6 +63,26 @@ def test_json_round_trip_is_exact(report, wide):
         again = Report.from_json(each.to_json())
         assert again.to_json() == each.to_json()
     assert Report.from_json(report.to_json()) == report
+
+
+def test_reports_of_before_evidence_are_read_as_they_were(report):
+    values = {**json.loads(report.to_json()), "convergence": {"verdict": "unknown", "evidence": []}}
+    for matrix in values["matrices"]:
+        del matrix["log_volume"]
+    old = Report.from_dict(values)
+    assert (old.convergence, old.matrices[0].log_volume) == (Convergence(), None)
+    assert "convergence: unknown\n  no evidence was found" in old.summary()
+
+
+def test_evidence_survives_json_and_is_inert_in_a_card(report):
+    layers = (LayerVerdict("", 0, "unstable", {"spectrum_change": 0.5}), LayerVerdict("", None, "stable"))
+    piece = Evidence("checkpoints", "org/<b>x</b>", "stable", "moved | `a`", {"n": None}, {"n": 0.1}, layers)
+    told = replace(report, convergence=Convergence("stable", (piece,), layers))
+    again = Report.from_json(told.to_json())
+    assert again.convergence == told.convergence
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(told.to_json()))
+    assert "convergence: stable; unstable by themselves: layers 0" in told.summary()
+    assert "  - checkpoints (org/&lt;b&gt;x&lt;/b&gt;): stable, moved \\| \\`a\\`" in told.card()
 
 
 def test_json_keeps_512_values_with_both_ends_and_parquet_all(wide, tmp_path):
@@ -126,7 +148,8 @@ def test_summary_shows_coverage_findings_and_convergence(report):
     assert "slow decay: found" in summary
     assert "not converged: found" in summary
     assert "high intrinsic dimension: not measured" in summary
-    assert "convergence: unknown" in summary
+    assert "convergence: unstable" in summary  # its weights are random
+    assert re.search(r"  weights: unstable, \d+ of \d+ matrices cannot be told from i.i.d. noise", summary)
 
 
 def test_coverage_says_100_percent_only_when_nothing_is_missing():
