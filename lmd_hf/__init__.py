@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
+    from lmd_hf.run.margin import encoding_margin
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ _HOMES = {
     "analyze": "lmd_hf.api",
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
+    "encoding_margin": "lmd_hf.run.margin",
     "plan": "lmd_hf.api",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
@@ -38,6 +40,7 @@ __all__ = [
     "analyze",
     "compare",
     "decompose",
+    "encoding_margin",
     "plan",
     "required_degree",
 ]

@@ -50,7 +50,7 @@ def judge_loss(history: Sequence[dict[str, Any]], source: str, thresholds: Thres
     verdict, within = (STABLE, "within") if abs(change) <= thresholds.loss_change else (UNSTABLE, "beyond")
     text = (
         f"the training loss changes by {change:+.2%} ± {width:.2%} of its mean over its last {len(last)} points (steps "
-        f"{last[0]:,} to {last[-1]:,}), {within} the {thresholds.loss_change:.2%} that count as stable"
+        f"{last[0]:,} to {last[-1]:,}), {within} the {thresholds.loss_change:.2g} that counts as stable"
     )
     if width > thresholds.loss_change:
         text += "; its noise is larger than that"
@@ -92,8 +92,8 @@ def judge_change(matrices: Sequence[MatrixChange], source: str, thresholds: Thre
         )
     counts = {verdict: sum(layer.verdict == verdict for layer in layers) for verdict in (STABLE, UNSTABLE)}
     text = (
-        f"S' moved by {_shown(numbers['spectrum_change'], '.2%')} and the leading subspaces kept a mean cos² of "
-        f"{_shown(numbers['subspace_cos2'], '.4f')}; {counts[STABLE]} of {len(layers)} layers are stable, "
+        f"S' moved by {_shown(numbers['spectrum_change'], '.2g')} of its norm, and the leading subspaces kept a mean "
+        f"cos² of {_shown(numbers['subspace_cos2'], '.4f')}; {counts[STABLE]} of {len(layers)} layers are stable, "
         f"{counts[UNSTABLE]} are not"
     )
     return Evidence("checkpoints", source, _combined(layer.verdict for layer in layers), text, numbers, limits, layers)
