@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lmd_hf.experiments import activations, high_dimension, semantics, swiss_roll, training
+from lmd_hf.experiments import (
+    activations,
+    capacity,
+    capacity_expressivity,
+    convergence,
+    encoding_margin,
+    high_dimension,
+    semantics,
+    swiss_roll,
+    training,
+)
 from lmd_hf.experiments.catalogue import EXPERIMENTS, load
 from lmd_hf.experiments.outcome import outcome_writers
 
@@ -17,6 +27,10 @@ TINY = {
     "high-dimension": high_dimension.Setup(points=100, steps=5),
     "semantics": semantics.Setup(training=200, steps=20),
     "training": training.Setup(steps=10, first=2),
+    "convergence": convergence.Setup(points=200, early=10, long=10),
+    "capacity": capacity.Setup(((2, (128, 256)), (3, (32, 64)), (4, (16, 24))), (8, 12), 16, 4096),
+    "capacity-expressivity": capacity_expressivity.Setup(points=40, widths=(16, 32), steps=5),
+    "encoding-margin": encoding_margin.Setup(points=(60, 120), digits=200, tests=40, width=8, steps=5),
 }
 
 
