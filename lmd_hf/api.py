@@ -22,6 +22,7 @@ from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
+from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
@@ -162,6 +163,8 @@ def _analyze_one(
             heads = measure_heads(
                 plan_heads(inventory, settings), source, folded=settings.metric == "norm", world=world
             )
+            if settings.data is not None:
+                heads = with_focus(heads, source, settings.data, device=settings.device, world=world)
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)

@@ -53,6 +53,8 @@ class HeadReport:
     `error_bound` is relative, for the singular values above 10⁻⁶ of the largest. `conventions` says what was done
     (`scale`, `norm_folded` and which `norm`) and what the weights alone leave out (`biases`, `qk_norm`, `soft_cap`; of
     `rotary` positions they are the zero-offset form).
+    With data, over the `queries` that see n ≥ 32 tokens: the median `k90` of the number k of tokens that carry 90 % of
+    the softmax, `k90_share` of k/n, and the class of that share (Ramsauer et al. 2020).
     """
 
     name: str
@@ -73,6 +75,8 @@ class HeadReport:
     error_bound: float
     conventions: dict[str, Any]
     k90: float | None = None
+    k90_share: float | None = None
+    queries: int | None = None
     hopfield_class: str | None = None
 
 
