@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
+    from lmd_hf.run.lens import read_directions
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ _HOMES = {
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
     "plan": "lmd_hf.api",
+    "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
@@ -36,6 +38,7 @@ __all__ = [
     "compare",
     "decompose",
     "plan",
+    "read_directions",
     "required_degree",
 ]
 
