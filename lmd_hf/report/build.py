@@ -31,6 +31,7 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results, heads: H
         convergence=NO_EVIDENCE,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
+        mlps=heads.mlps,
     )
 
 

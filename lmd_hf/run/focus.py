@@ -69,7 +69,8 @@ def with_focus(heads: Heads, source: Source, data: Data, *, device: str, world: 
     rows = tuple(_focused(row, found.get(row.name, [])) for row in heads.rows)
     silent = list(dict.fromkeys(row.name for row in heads.rows if row.name not in found))
     lacking = f"k90 of the heads of {len(silent)} attentions not measured (first '{silent[0]}')" if silent else ""
-    return Heads(rows, (*heads.notes, *([f"{lacking}: the model does not show their softmax"] if silent else [])))
+    notes = [f"{lacking}: the model does not show their softmax"] if silent else []
+    return replace(heads, rows=rows, notes=(*heads.notes, *notes))
 
 
 def _focused(row: HeadReport, shares: list[Counted]) -> HeadReport:
