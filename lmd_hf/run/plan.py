@@ -4,12 +4,13 @@ import fnmatch
 import heapq
 from collections.abc import Callable
 
-from lmd_hf.circuits import HeadRef
+from lmd_hf.circuits import HeadRef, MlpRef
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_bytes, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
+from lmd_hf.weights.mlps import list_mlps, mlp_matrices
 
 
 METRICS = ("identity", "norm", "data")
@@ -48,6 +49,14 @@ def plan_heads(inventory: Inventory, settings: Settings) -> tuple[HeadRef, ...]:
         return ()
     is_chosen = selector(inventory, settings)
     return tuple(head for head in list_heads(inventory)[0] if any(map(is_chosen, head_matrices(head))))
+
+
+def plan_mlps(inventory: Inventory, settings: Settings) -> tuple[MlpRef, ...]:
+    """The MLPs of which a matrix is selected; none where heads are not asked for."""
+    if not settings.heads:
+        return ()
+    is_chosen = selector(inventory, settings)
+    return tuple(mlp for mlp in list_mlps(inventory.selected) if any(map(is_chosen, mlp_matrices(mlp))))
 
 
 def _unformed(inventory: Inventory, chosen: list[MatrixRef]) -> tuple[str, ...]:
