@@ -78,7 +78,7 @@ def metric_matrix(
 
 def topology_spectrum(y_NO: Float[Tensor, "N O"], of_x: Graph, of_y: Graph) -> Float[Tensor, " R"]:
     """τ: the eigenvalues, descending, of the pencil (YᵀL_X Y/ΣA_X, YᵀL_Y Y/ΣA_Y) on the range of the second (above
-    1e-10 of its top eigenvalue), in float64; R ≤ min(O, N) of them, none for constant outputs.
+    1e-10 of its top eigenvalue), in float64; R ≤ min(O, N) of them, none where outputs and their neighbours are equal.
 
     The squared differences of the outputs over the edges of the input's graph, in units of those over the output's own:
     τ = 1 where the graphs agree, τ > 1 where neighbours of the input are pulled apart. At full rank it is s'² with both
@@ -90,8 +90,8 @@ def topology_spectrum(y_NO: Float[Tensor, "N O"], of_x: Graph, of_y: Graph) -> F
         y_NO = torch.linalg.qr(y_NO.T, mode="r").R.T
     first, second = scatter(y_NO, of_x), scatter(y_NO, of_y)
     values, basis = torch.linalg.eigh(second)
-    kept = values > RANGE * values[-1].clamp_min(0)
-    if values[-1] <= 0:
+    if values[-1] <= RANGE * (y_NO**2).sum() / len(y_NO):  # what is left is rounding
         return values[:0]
+    kept = values > RANGE * values[-1]
     whitened = basis[:, kept] / values[kept].sqrt()
     return torch.linalg.eigvalsh(whitened.T @ first @ whitened).flip(0)
