@@ -6,13 +6,11 @@ locality-preserving scatter of He & Niyogi 2003.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 
@@ -23,9 +21,10 @@ RANGE = 1e-10  # of the second metric's top eigenvalue: below lies rounding, not
 
 @dataclass(frozen=True)
 class Graph:
-    """A symmetric 0/1 graph on N samples without loops: sparse adjacency (N × N) and how many pieces it falls into."""
+    """A symmetric 0/1 graph on N samples without loops: adjacency (N × N, scipy's `csr_array`), and how many pieces it
+    falls into."""
 
-    adjacency: sparse.csr_array
+    adjacency: Any
     components: int
 
 
@@ -45,6 +44,10 @@ def knn_graph(x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS) -> Graph
 
     Raises `ValueError` for N ≤ k, NaN and infinity.
     """
+    from scipy import sparse  # late, as scikit-learn is: they import for seconds, and weights alone need neither
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
     if not 0 < neighbours < len(x_NI):
         raise ValueError(f"{len(x_NI)} samples have no {neighbours} neighbours each; {neighbours + 1} are needed")
     directed = NearestNeighbors(n_neighbors=neighbours).fit(x_NI.cpu().numpy()).kneighbors_graph()

@@ -7,9 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 
@@ -36,6 +33,10 @@ def neighbour_distances(x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS
     """Euclidean distances, ascending, of every distinct sample to its k nearest others; `None` where fewer than
     max(20, k + 1) samples are distinct. Samples closer than 1e-5 of their root mean square distance from the mean are
     the same one but for rounding, and count once. Raises `ValueError` for NaN and infinity."""
+    from scipy import sparse  # late: it imports for seconds, and weights alone do not need it
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
     x = np.unique(x_NI.float().cpu().numpy() if x_NI.dtype != torch.float64 else x_NI.cpu().numpy(), axis=0)
     same = SAME * float(np.sqrt(x.var(axis=0, dtype=np.float64).sum()))
     while len(x) >= max(FEWEST, neighbours + 1):

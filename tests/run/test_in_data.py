@@ -154,6 +154,18 @@ def test_round_trips_with_thinned_topology(llama, tmp_path):
     assert "--seq-len 8" in llama.card()
 
 
+def test_text_says_what_the_data_say(llama):
+    summary, card = llama.summary(), llama.card()
+    assert "high intrinsic dimension: found" in summary or "high intrinsic dimension: not found" in summary
+    assert "60 examples of" in summary
+    rows = [line for line in summary.splitlines() if line.startswith("mlp down")]
+    assert len(rows) == 2
+    assert rows[1].count("%") == 6
+    assert "hold 90 % of the outputs' energy over the data" in card
+    assert "come from the weights and one dataset" in card
+    assert "| energy in n'" in card
+
+
 def test_several_passes_give_what_one_gives(save, ids, llama, monkeypatch):
     monkeypatch.setattr(in_data, "memory_limit", lambda _: 1.0)
     several = analyze(save("llama"), metric="data", data=settings(ids))
