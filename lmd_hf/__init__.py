@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
+    from lmd_hf.run.lens import read_directions
+    from lmd_hf.run.margin import encoding_margin
 
 __version__ = "0.1.0"
 
@@ -21,9 +23,11 @@ _HOMES = {
     "analyze": "lmd_hf.api",
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
+    "encoding_margin": "lmd_hf.run.margin",
     "load_results": "lmd_hf.hub.dataset",
     "plan": "lmd_hf.api",
     "push_results": "lmd_hf.hub.dataset",
+    "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
@@ -41,9 +45,11 @@ __all__ = [
     "analyze",
     "compare",
     "decompose",
+    "encoding_margin",
     "load_results",
     "plan",
     "push_results",
+    "read_directions",
     "required_degree",
 ]
 

@@ -1,4 +1,4 @@
-"""The frozen values that say whether a training had converged. No logic, no I/O, no torch.
+"""The frozen values that say whether a training had converged, and how well it encodes. No logic, no I/O, no torch.
 
 A verdict is `stable`, `unstable` or `unknown`.
 """
@@ -60,3 +60,30 @@ class Convergence:
     verdict: str = UNKNOWN
     evidence: tuple[Evidence, ...] = ()
     layers: tuple[LayerVerdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodingMargin:
+    """How far a trained model f may be from its target g, and from what: ε = r + (L_f + L_g)·δ (`run.margin`).
+
+    `residual` r and `observed` are measured. `covering_radius` δ and `target_slope` L_g err low on the domain, where
+    `uncovered` is the share of its mass (at 95 %) that may lie farther off than δ; so there each ε is an estimate.
+    `lipschitz_upper` is a bound on L_f, `None` where none is known (`lipschitz_reason` says why), `lipschitz_lower` the
+    largest slope that was seen. `margin_upper`, from the first, bounds the error at the held-out points: a theorem;
+    `margin_lower`, from the second, bounds nothing. `status` says the same of each number: `measured`, `bound`,
+    `estimate` … Norms are Euclidean, on inputs and on outputs.
+    """
+
+    training: int
+    held_out: int
+    residual: float
+    covering_radius: float
+    uncovered: float
+    lipschitz_upper: float | None
+    lipschitz_reason: str
+    lipschitz_lower: float
+    target_slope: float
+    margin_upper: float | None
+    margin_lower: float
+    observed: float
+    status: dict[str, str] = field(default_factory=dict)

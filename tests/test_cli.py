@@ -74,6 +74,20 @@ def test_json_is_the_report_and_nothing_else_on_stdout(capsys, save):
     assert report["settings"]["roles"] == ["q", "k"]
 
 
+def test_an_earlier_checkpoint_and_thresholds_are_options(capsys, save):
+    where = ("analyze", save("llama"), "--before", save("gpt2"))
+    code, _, err = call(capsys, *where)
+    assert code == 1
+    assert "no earlier checkpoint of this llama model, but a gpt2 model" in err
+    again = save("llama", max_shard_size="20KB")  # the same weights
+    code, out, _ = call(capsys, "analyze", save("llama"), "--before", again, "--untrained-share", "2", "--json")
+    assert code == 0
+    convergence = json.loads(out)["convergence"]
+    assert convergence["verdict"] == "unknown"
+    assert [piece["kind"] for piece in convergence["evidence"]] == ["checkpoints", "weights"]
+    assert convergence["evidence"][1]["thresholds"] == {"untrained_share": 2.0}
+
+
 def test_quiet_prints_nothing(capsys, save, tmp_path):
     code, out, _ = call(capsys, "analyze", save("llama"), "-q", "--out", tmp_path)
     assert (code, out) == (0, "")

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmd_hf.records import HeadReport, MatrixReport
+from lmd_hf.circuits import HeadReport
+from lmd_hf.records import MatrixReport
 from lmd_hf.report import heads
 from lmd_hf.report.findings import extremes
 from lmd_hf.report.plain import plain, to_text

@@ -50,7 +50,7 @@ def judge_loss(history: Sequence[dict[str, Any]], source: str, thresholds: Thres
     verdict, within = (STABLE, "within") if abs(change) <= thresholds.loss_change else (UNSTABLE, "beyond")
     text = (
         f"the training loss changes by {change:+.2%} ± {width:.2%} of its mean over its last {len(last)} points (steps "
-        f"{last[0]:,} to {last[-1]:,}), {within} the {thresholds.loss_change:.2%} that count as stable"
+        f"{last[0]:,} to {last[-1]:,}), {within} the {thresholds.loss_change:.2g} that counts as stable"
     )
     if width > thresholds.loss_change:
         text += "; its noise is larger than that"
@@ -79,7 +79,8 @@ def judge_change(matrices: Sequence[MatrixChange], source: str, thresholds: Thre
     cos² of the principal angles between the top-n' subspaces, on both sides and over all of its axes, is at least 0.99
     (`subspace_cos2`); unstable if one fails; unknown if none of its matrices moved or no subspace can be told apart.
     Matrices whose cut falls between values that rounding alone may swap count for ΔS' only. One unstable layer makes
-    the model unstable.
+    the model unstable. Checkpoints that lie a few steps apart are near each other in any training
+    (`lmd-hf reproduce convergence`): give one from long before.
     """
     limits = {"spectrum_change": thresholds.spectrum_change, "subspace_cos2": thresholds.subspace_cos2}
     layers = tuple(_moved(place, group, thresholds) for place, group in _by_layer(matrices))
@@ -92,8 +93,8 @@ def judge_change(matrices: Sequence[MatrixChange], source: str, thresholds: Thre
         )
     counts = {verdict: sum(layer.verdict == verdict for layer in layers) for verdict in (STABLE, UNSTABLE)}
     text = (
-        f"S' moved by {_shown(numbers['spectrum_change'], '.2%')} and the leading subspaces kept a mean cos² of "
-        f"{_shown(numbers['subspace_cos2'], '.4f')}; {counts[STABLE]} of {len(layers)} layers are stable, "
+        f"S' moved by {_shown(numbers['spectrum_change'], '.2g')} of its norm, and the leading subspaces kept a mean "
+        f"cos² of {_shown(numbers['subspace_cos2'], '.4f')}; {counts[STABLE]} of {len(layers)} layers are stable, "
         f"{counts[UNSTABLE]} are not"
     )
     return Evidence("checkpoints", source, _combined(layer.verdict for layer in layers), text, numbers, limits, layers)

@@ -54,7 +54,8 @@ def open_repository(
     or out of reach.
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
-    return told(repo_id, lambda: _open(api, repo_id, revision, subfolder, download), revision=revision)
+    opened = told(repo_id, lambda: _open(api, repo_id, revision, subfolder, download), revision=revision)
+    return replace(opened, subfolder=subfolder, token=token)
 
 
 def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, download: bool) -> FileSource:
