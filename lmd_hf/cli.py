@@ -27,6 +27,7 @@ EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 INTERRUPTED = "lmd-hf: interrupted; nothing half done was written, what was finished is kept"
 GRACE_SECONDS = 2.0
 FACTORS = "factors"  # the folder below --out
+WHERE = ("revision", "subfolder", "download", "base")  # of a model
 COMPARED = ("roles", "layers", "match", "device")  # the settings that mean something for two models
 
 
@@ -122,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     fetched = argparse.ArgumentParser(add_help=False)
     fetched.add_argument("--download", action="store_true", help="keep whole weight files in the Hub's cache")
+    fetched.add_argument(
+        "--reuse", metavar="DATASET", help="take the result of this commit that the dataset holds, if any"
+    )
     analyze = commands.add_parser(
         "analyze", parents=[several, fetched, judged, written], help="decompose every matrix of a model, or of several"
     )
@@ -202,22 +206,23 @@ def _run_analysis(options: argparse.Namespace, model: str, **shared: Any) -> Any
 
 
 def _where(options: argparse.Namespace) -> dict[str, Any]:
-    named = {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base", "before")}
+    named = {name: getattr(options, name) for name in (*WHERE, "before", "reuse")}
     return named | {"thresholds": _thresholds()(**chosen_settings(_thresholds(), options))}
 
 
 def _analyze_several(options: argparse.Namespace, world: Any) -> None:
     """Every model into a folder of its own below --out, as soon as it is done; one that fails stops no other."""
-    from lmd_hf.api import analyze_each
+    from lmd_hf.pipeline import Request, analyze_each
     from lmd_hf.records import Settings
     from lmd_hf.report.report import Report
 
     mine = {}
-    where = {**_where(options), "token": None}
     folders = [options.out and options.out / re.sub(r"[^\w.-]+", "--", name).strip(".-") for name in options.model]
     factors = [folder / FACTORS for folder in folders] if options.rank > 0 else None
-    settings = Settings(**_chosen_settings(options))
-    for index, outcome in analyze_each(options.model, where, settings, world, factors=factors):
+    asked = _where(options)
+    where = {name: asked.pop(name) for name in WHERE}
+    request = Request(Settings(**_chosen_settings(options)), where, **asked)
+    for index, outcome in analyze_each(options.model, request, world, factors=factors):
         if isinstance(outcome, Report) and options.out is not None:
             _write_report(folders[index], outcome)
         mine[index] = outcome

@@ -35,12 +35,13 @@ SHOWN_LAYERS = 12
 
 def summary(report: "Report") -> str:
     """Coverage, key figures by role, findings and convergence."""
-    reused = report.environment.get("reused", 0)
+    reused, published = report.environment.get("reused", 0), report.environment.get("published")
     lines = [
         f"{report.model.id}{f' @ {report.model.commit[:12]}' if report.model.commit else ''}",
         coverage_line(report.coverage),
         *(f"note: {note}" for note in report.coverage.notes),
         *([f"{reused:,} spectra from an earlier run (`lmd-hf cache clear` removes them)"] if reused else []),
+        *([f"published result, from {published}"] if published else []),
         *filter(None, (kernels_line(report.matrices),)),
         "",
         tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),

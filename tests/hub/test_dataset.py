@@ -93,3 +93,18 @@ def test_sketched_rows_come_back(hub, reports):
 def test_a_report_that_nobody_can_check_is_refused(hub):
     with pytest.raises(SettingsError, match="at a commit of the Hub"):
         push_results(analyze(EMBEDDED_ID), "tester/results", token=TOKEN)
+
+
+def test_analyze_takes_a_published_result_of_the_same_commit_and_settings_and_says_so(hub, reports, no_memory):
+    where = dataset(hub)
+    push_results(reports[0], where, token=TOKEN)
+    name = reports[0].model.id
+    hub.requests.clear()
+    found = analyze(name, heads=True, reuse=where)
+    assert found.environment["published"] == where
+    assert f"published result, from {where}" in found.summary()
+    assert found.to_dict()["matrices"] == reports[0].to_dict()["matrices"]
+    assert "published" not in analyze(name, reuse=where).environment  # without heads: other settings
+    repo = hub.repos[name]
+    repo.commit({**repo.commits[repo.branches["main"]], "notes.md": b"x"})
+    assert "published" not in analyze(name, heads=True, reuse=where).environment  # another commit

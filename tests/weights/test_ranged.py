@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lmd_hf import analyze, cli
-from lmd_hf.api import _is_certain, plan
+from lmd_hf.api import plan
 from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.pipeline import _is_certain
 from lmd_hf.records import Settings
 from lmd_hf.run.plan import make_plan
 from lmd_hf.run.read_ahead import merged, spans
