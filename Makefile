@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench cards clean
 
 demo: .venv/ready ## the embedded model, end to end, offline
 	$(BIN)/lmd-hf demo
@@ -18,6 +18,9 @@ check: .venv/ready ## the slow tests, format, lint and types
 
 bench: .venv/ready ## times and memory beside peers, in one table
 	$(BIN)/python benchmarks/analyze.py
+
+cards: .venv/ready ## the reports and cards of model_cards/ again
+	$(BIN)/python model_cards/make.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
