@@ -24,6 +24,7 @@ from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
+from lmd_hf.run.heads import with_heads
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
 from lmd_hf.run.plan import make_plan
@@ -59,6 +60,7 @@ def analyze(
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    heads: bool = False,
     rank: int = 0,
     device: str = "auto",
     factors: str | Path | None = None,
@@ -86,6 +88,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     roles: tuple[str, ...] = (),
     layers: str = "",
     match: str = "",
+    heads: bool = False,
     rank: int = 0,
     device: str = "auto",
     factors: str | Path | None = None,
@@ -103,6 +106,9 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     weights (or in the last `checkpoint-N` folder there), with `before` an earlier checkpoint of the same training (a
     folder, a file, a module, a Hub id, `id@revision`, or `@revision` of the same repository), and what weights alone
     tell against it; `thresholds` says where a verdict turns. Without evidence it is `unknown`.
+
+    With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected; heads
+    that cannot be formed are notes of the coverage.
 
     With `rank` and `factors`, the rank that has a matrix also writes its leading axes into that folder, one safetensors
     file each: `projection` (U·Odist), `s` (S') and `similarity` (Idist·Vᵀ), as `lmd_hf.decompose` gives them (of
@@ -123,6 +129,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         roles=tuple(roles),
         layers=layers,
         match=match,
+        heads=heads,
         rank=rank,
         device=device,
     )
@@ -162,6 +169,8 @@ def _analyze_one(
             with _progress("decomposing", todo.works, world) as progress:
                 output = Output(journal, factors)
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
+            if settings.heads:
+                results = with_heads(results, todo, source, world=world)
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)

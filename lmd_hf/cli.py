@@ -167,6 +167,9 @@ def _comparison_settings() -> "list[dataclasses.Field[Any]]":
 
 
 def _add_setting(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", field: "dataclasses.Field[Any]") -> None:
+    if isinstance(field.default, bool):
+        parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
+        return
     is_list = isinstance(field.default, tuple)
     parser.add_argument(
         f"--{field.name.replace('_', '-')}",

@@ -20,7 +20,7 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results, converge
         settings=dataclasses.asdict(plan.settings) | {"roles": list(plan.settings.roles)},
         coverage=_coverage(plan, results),
         matrices=results.matrices,
-        heads=(),
+        heads=results.heads,
         findings=find(results.matrices),
         convergence=convergence,
         environment=results.environment,
@@ -36,4 +36,4 @@ def _coverage(plan: Plan, results: Results) -> Coverage:
     passed = sum(math.prod(s.shape) for s in skipped) + sum(math.prod(a.shape) for a in aliases if a.stored)
     assert decomposed + passed == plan.parameters, "every stored parameter must be accounted for"
     fraction = decomposed / plan.parameters if plan.parameters else 0.0
-    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, plan.notes)
+    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, (*plan.notes, *results.notes))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from lmd_hf.records import MatrixReport, Settings
+from lmd_hf.report import heads
 from lmd_hf.report.findings import noise_ratio
 from lmd_hf.report.text import (
     ROLE_COLUMNS,
@@ -35,6 +36,7 @@ def section(report: "Report") -> str:
         "".join(f"- {escape(note)}\n" for note in report.coverage.notes),
         _roles(report),
         _extremes(report),
+        heads.section(report.heads),
         _findings(report),
         _reproduce(report),
         "**What this does not say.** These numbers come from the weights alone. They do not measure quality, safety or "
@@ -110,7 +112,7 @@ def _findings(report: "Report") -> str:
 def _reproduce(report: "Report") -> str:
     model, settings = report.model, report.settings
     options = "".join(
-        f" --{name} {','.join(value) if isinstance(value, list) else value}"
+        f" --{name}" + ("" if value is True else f" {','.join(value) if isinstance(value, list) else value}")
         for name, value in settings.items()
         if value and name != "device" and value != DEFAULTS.get(name)
     )

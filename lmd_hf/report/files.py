@@ -18,7 +18,7 @@ from lmd_hf.report.report import Report
 
 
 Writer = Callable[[Path], None]
-JSON, PARQUET = "report.json", "matrices.parquet"
+JSON, PARQUET, HEADS_PARQUET = "report.json", "matrices.parquet", "heads.parquet"
 COMPARE_JSON, COMPARE_PARQUET = "compare.json", "compare.parquet"
 
 
@@ -51,8 +51,9 @@ def text_writer(text: str) -> Writer:
 
 
 def report_writers(report: Report) -> dict[str, Writer]:
-    """The two files of a report."""
-    return {JSON: text_writer(report.to_json()), PARQUET: lambda path: _write_parquet(report, path)}
+    """The files of a report: report.json, matrices.parquet and, where heads were read, heads.parquet."""
+    writers = {JSON: text_writer(report.to_json()), PARQUET: lambda path: _write_parquet(report, path)}
+    return writers | ({HEADS_PARQUET: lambda path: _write_heads(report, path)} if report.heads else {})
 
 
 def comparison_writers(comparison: Comparison) -> dict[str, Writer]:
@@ -119,3 +120,7 @@ def _write_parquet(report: Report | Comparison, path: Path) -> None:
     for row in rows:
         del row["singular_value_ranks"]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _write_heads(report: Report, path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(report.to_dict()["heads"]), path)

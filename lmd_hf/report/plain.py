@@ -8,7 +8,7 @@ import numpy as np
 
 from lmd_hf.changes import MatrixChange
 from lmd_hf.errors import FormatError
-from lmd_hf.records import MatrixReport, ModelIdentity, WeightFile
+from lmd_hf.records import HeadReport, MatrixReport, ModelIdentity, WeightFile
 
 
 KEPT_VALUES = 512  # singular values of a matrix in JSON; the parquet file has all of them
@@ -54,6 +54,12 @@ def row_from_dict(kind: type[Row], values: dict[str, Any]) -> Row:
     if values.get("intervals"):
         values = {**values, "intervals": {name: tuple(ends) for name, ends in values["intervals"].items()}}
     return kind(**{**values, "shape": shape, "singular_value_ranks": kept, "singular_values": spectrum})
+
+
+def head_from_dict(values: dict[str, Any]) -> HeadReport:
+    """A head back from its JSON types."""
+    spectra = {name: tuple(values[name]) for name in ("qk_singular_values", "ov_singular_values")}
+    return HeadReport(**{**values, **spectra})
 
 
 def identity_from_dict(values: dict[str, Any]) -> ModelIdentity:

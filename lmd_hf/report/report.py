@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from lmd_hf.errors import FormatError
 from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
-from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
-from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
+from lmd_hf.records import UNREAD, Alias, Coverage, Finding, HeadReport, MatrixReport, ModelIdentity, Skipped
+from lmd_hf.report.plain import (
+    head_from_dict,
+    identity_from_dict,
+    parse_object,
+    plain,
+    row_from_dict,
+    row_to_dict,
+    to_text,
+)
 
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ class Report:
     settings: dict[str, Any]
     coverage: Coverage
     matrices: tuple[MatrixReport, ...]
-    heads: tuple[dict[str, Any], ...]
+    heads: tuple[HeadReport, ...]
     findings: tuple[Finding, ...]
     convergence: Convergence
     environment: dict[str, Any]
@@ -48,16 +56,17 @@ class Report:
         return tuple(skipped for skipped in self.coverage.skipped if skipped.reason.startswith(UNREAD))
 
     def summary(self) -> str:
-        """What was found, in a few plain lines: coverage, key figures by role, findings, convergence."""
-        from lmd_hf.report import text
+        """What was found, in a few plain lines: coverage, key figures by role, findings, convergence, heads."""
+        from lmd_hf.report import heads, text
 
-        return text.summary(self)
+        return "\n".join([text.summary(self), *heads.summary(self.heads)])
 
     def table(self, *, limit: int | None = None) -> str:
-        """One line a matrix, for a terminal; `limit` keeps the first lines and says how many follow."""
-        from lmd_hf.report import text
+        """One line a matrix, and one a head; `limit` keeps the first of each and says how many follow."""
+        from lmd_hf.report import heads, text
 
-        return text.table(self, limit=limit)
+        matrices = text.table(self, limit=limit)
+        return f"{matrices}\n\n{heads.table(self.heads, limit=limit)}" if self.heads else matrices
 
     def card(self) -> str:
         """The model-card section, Markdown."""
@@ -147,7 +156,7 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
             }
         ),
         "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
-        "heads": tuple(values["heads"]),
+        "heads": tuple(head_from_dict(head) for head in values["heads"]),
         "convergence": _convergence(values["convergence"]),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }

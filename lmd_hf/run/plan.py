@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_flops, sketch_bytes, sketch_flops, sketch_pays
-from lmd_hf.records import ROLES, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.records import ROLES, HeadRef, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
 
 
@@ -27,6 +28,7 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     others = [ref for ref in inventory.selected if id(ref) not in kept]
     unselected = [Skipped(name, shape, "not selected") for ref in others for name, shape in pieces(ref)]
     works = tuple(_work(ref, settings) for ref in chosen)
+    heads, notes = _heads(inventory, kept) if settings.heads else ((), ())
     return Plan(
         identity=identity,
         settings=settings,
@@ -35,8 +37,17 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
         skipped=inventory.skipped + tuple(unselected),
         aliases=inventory.aliases,
         parameters=inventory.parameters,
-        notes=inventory.notes,
+        notes=(*inventory.notes, *notes),
+        heads=heads,
     )
+
+
+def _heads(inventory: Inventory, kept: set[int]) -> tuple[tuple[HeadRef, ...], tuple[str, ...]]:
+    """The heads of which a matrix is selected, and why others cannot be formed."""
+    heads, unformed = list_heads(inventory)
+    chosen = {ref.name for ref in inventory.selected if id(ref) in kept}
+    notes = unformed_notes(each for each in unformed if each.name in chosen)
+    return tuple(head for head in heads if chosen & {ref.name for ref in head_matrices(head)}), notes
 
 
 def selector(inventory: Inventory, settings: Settings) -> Callable[[MatrixRef], bool]:

@@ -16,6 +16,21 @@ _KEYS = {
     "flat": {"ends", "models", "transposed", "source"},
     "norm": {"ends", "models", "when", "gain"},
     "named": {"models", "also", "needs"},
+    "heads": {
+        "models",
+        "when",
+        "ends",
+        "scale",
+        "scale_key",
+        "scale_power",
+        "terms",
+        "yarn",
+        "by_layer",
+        "rotary",
+        "gate",
+        "reason",
+        "source",
+    },
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
 _TABLES = {"words", "facts", "stacks", "gguf_names", "gguf_types"}
@@ -86,9 +101,9 @@ def _table() -> dict[str, Any]:
     table = tomllib.loads(text)
     check_table(table)
     words = table["words"]
-    for kind in ("role", "fused", "flat", "norm"):
+    for kind in ("role", "fused", "flat", "norm", "heads"):
         for row in table[kind]:
-            pattern = re.sub(r"\{([A-Z_]+)\}", lambda m: words[m.group(1)], row["ends"])
+            pattern = re.sub(r"\{([A-Z_]+)\}", lambda m: words[m.group(1)], row.get("ends", ".*"))
             row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear|\.base_layer)?$")  # it may be wrapped
     for row in table["container"]:
         row["regex"] = re.compile(row["class"])
@@ -158,6 +173,11 @@ def find_norm_paths(path: str, config: Config, places: dict[str, str]) -> list[s
         if all(name in places for name in wanted):
             filled.append(pattern.format(**places))
     return filled
+
+
+def find_heads(path: str, config: Config) -> dict[str, Any]:
+    """What is unusual in the attention whose query projection is at `path`, as [[heads]] says it; {} for nothing."""
+    return _family_row("heads", path, config) or {}
 
 
 def find_names(model_type: str | None) -> Names | None:

@@ -71,7 +71,8 @@ def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
     parameters = sum(
         math.prod(shape) for w in weights for _, shape in stored_pieces(w.format, w.low_rank, w.name, w.shape)
     )
-    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, (*source.notes, *tree.notes))
+    notes = (*source.notes, *tree.notes)
+    return Inventory(tuple(selected), tuple(skipped), aliases, parameters, notes, tree.config.values)
 
 
 def pieces(ref: MatrixRef) -> list[Piece]:

@@ -97,7 +97,7 @@ def test_text_card_and_figures_mark_estimates(report, tmp_path):
     card = report.card()
     assert "2 of 3 matrices are sketched" in card
     assert "--kernel sketch --tolerance 0.03" in card
-    assert set(report.plot(tmp_path)) == {"spectra", "capacity", "heatmap"}
+    assert set(report.plot(tmp_path)) == {"spectra", "heatmap", "capacity"}
 
 
 def test_intervals_in_cells(report):

@@ -1,0 +1,79 @@
+"""The Hopfield reading of an attention head: z = P · sep(sim(M, q)) (Millidge et al. 2022, arXiv 2202.04557).
+
+Shapes: I = width of the stream that asks (queries), J = of the one that is asked (keys, values), O = of the one written
+to; d = width of the head in queries and keys, e = in values. A circuit is a product of thin factors and never formed:
+
+    QK: B = s·W_Kᵀ W_Q (J × I), a query x and a memory x' score x'ᵀB x, s the model's own scale;
+    OV: W_O W_V (O × J), what a memory writes (Elhage et al. 2021; their W_QK is Bᵀ/s).
+
+Both cost O(n d²). All numbers survive rotations of the stream, not gains: fold γ in first to see a normalised one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lmd_hf.matrix.kernels import thin
+from lmd_hf.records import Factored
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """What a product of thin factors is as a map of a stream: all of its singular values that can differ from 0
+    (descending, float64, no more than the inner width), `symmetric_energy` and `eigenvalue_score` (`None` for the zero
+    map, and where it maps between different streams). `error_bound` is that of `kernels.thin`."""
+
+    values: Float[Tensor, " k"]
+    symmetric_energy: float | None
+    eigenvalue_score: float | None
+    error_bound: float
+
+
+def qk_circuit(w_q_DI: Float[Tensor, "D I"], w_k_DJ: Float[Tensor, "D J"], scale: float) -> Factored:
+    """B = s·W_Kᵀ W_Q as a product of its thin factors."""
+    return Factored(w_k_DJ.T, w_q_DI, scale)
+
+
+def ov_circuit(w_o_OE: Float[Tensor, "O E"], w_v_EJ: Float[Tensor, "E J"]) -> Factored:
+    """W_O W_V as a product of its thin factors."""
+    return Factored(w_o_OE, w_v_EJ, 1.0)
+
+
+def fold(w_OI: Float[Tensor, "O I"], gain_I: Float[Tensor, " I"] | None) -> Float[Tensor, "O I"]:
+    """W·diag(γ), float64: W as it acts on a normalised stream; W itself without a gain."""
+    w_OI = w_OI.to(torch.float64)
+    return w_OI if gain_I is None else w_OI * gain_I.to(torch.float64)
+
+
+def read_circuit(product: Factored, *, one_stream: bool) -> Circuit:
+    """The spectrum of B = s·L·R, and how far it is a symmetric, attracting form.
+
+    Singular values by QR of the two factors, with the error bound of `kernels.thin`. With `one_stream`, from the d × d
+    matrix s·R·L, whose eigenvalues are those of B that differ from 0:
+    `symmetric_energy` ‖(B + Bᵀ)/2‖²/‖B‖² = ½(1 + tr B²/‖B‖²): 1 symmetric, ½ unrelated, 0 antisymmetric;
+    `eigenvalue_score` Σ Re λ/Σ|λ|: 1 where it attracts along every axis, −1 where it repels. Of QK, both near 1 make
+    an auto-associative memory; of OV, the second is the copying score. Raises `ValueError` for NaN, infinity, empty
+    factors, and `one_stream` where B is not square.
+    """
+    spectrum = thin(product)
+    values = spectrum.values
+    energy = float((values**2).sum())
+    if not one_stream or energy == 0:
+        return Circuit(values, None, None, spectrum.error_bound)
+    left_ND, right_DN = product.left.to(torch.float64), product.right.to(torch.float64)
+    if left_ND.shape[0] != right_DN.shape[1]:
+        raise ValueError(f"a map from {right_DN.shape[1]} to {left_ND.shape[0]} dimensions is not of one stream")
+    core_DD = product.scale * (right_DN @ left_ND)
+    trace = float((core_DD * core_DD.T).sum())  # tr(RL·RL) = tr B²
+    eigenvalues = torch.linalg.eigvals(core_DD)
+    size = float(eigenvalues.abs().sum())
+    score = float(eigenvalues.real.sum()) / size if size > 0 else None
+    return Circuit(values, min(max((1 + trace / energy) / 2, 0.0), 1.0), score, spectrum.error_bound)
+
+
+def token_norm(w_DI: Float[Tensor, "D I"]) -> float:
+    """‖W‖_F: the rms length of W·x for inputs x of independent entries with mean square 1, which is what a norm
+    leaves; with γ folded in, the rms length of a head's queries or keys on a normalised stream."""
+    return float(torch.linalg.vector_norm(w_DI.to(torch.float64)))

@@ -1,0 +1,156 @@
+"""The Hopfield reading of every attention head, one attention at a time."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.matrix.capacity import head_capacity_log10
+from lmd_hf.matrix.dimension import participation_ratio
+from lmd_hf.matrix.hopfield import fold, ov_circuit, qk_circuit, read_circuit, token_norm
+from lmd_hf.records import UNREAD, HeadRef, HeadReport, HeadRows, MatrixRef, Plan, Results
+from lmd_hf.run.workers import count_workers, worker_pool
+from lmd_hf.run.world import World
+from lmd_hf.weights.heads import head_matrices
+from lmd_hf.weights.source import Source
+from lmd_hf.weights.stored import read_gain, read_matrix
+
+
+Attention = tuple[HeadRef, ...]  # its heads, which share the matrices
+Outcome = HeadReport | str  # a row, or why there is none
+
+
+@dataclass(frozen=True)
+class Read:
+    """A matrix as stored, and the gain of the norm that feeds it."""
+
+    matrix: Tensor
+    gain: Tensor | None
+
+
+Matrices = Mapping[MatrixRef, Read]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The thin factors of a head, float64: W_Q (d × I), W_K (d × J), W_V (e × J), W_O (O × e)."""
+
+    w_q_DI: Tensor
+    w_k_DJ: Tensor
+    w_v_EJ: Tensor
+    w_o_OE: Tensor
+
+
+def with_heads(results: Results, plan: Plan, source: Source, *, world: World | None = None) -> Results:
+    """The results with a row for each head of the plan, in its order, the same on every rank.
+
+    Each rank takes every `world.size`-th attention, and its threads one after the other; what is read is let go before
+    the next. In float64 on the CPU. A head that cannot be done (NaN, no data, bytes that do not come) is a note.
+    """
+    started = time.perf_counter()
+    world = world or World()
+    attentions = [tuple(heads) for _, heads in groupby(plan.heads, key=lambda head: head.o.ref)]
+    mine = range(world.rank, len(attentions), world.size)
+    share = world.together(lambda: _measured([attentions[i] for i in mine], source, plan.settings.metric == "norm"))
+    shares = world.gather(share)
+    outcomes = [outcome for i in range(len(attentions)) for outcome in shares[i % world.size][i // world.size]]
+    return replace(
+        results,
+        heads=tuple(outcome for outcome in outcomes if isinstance(outcome, HeadReport)),
+        notes=(*results.notes, *(outcome for outcome in outcomes if isinstance(outcome, str))),
+        timing={**results.timing, "heads": time.perf_counter() - started},
+    )
+
+
+def _measured(attentions: list[Attention], source: Source, folded: bool) -> list[list[Outcome]]:
+    sizes = [sum(4 * math.prod(ref.shape) for ref in head_matrices(heads[0])) for heads in attentions]
+    with worker_pool(max(1, count_workers(sizes, torch.device("cpu"))), len(attentions)) as pool:
+        futures = [pool.submit(measure_attention, heads, source, folded=folded) for heads in attentions]
+        return [future.result() for future in futures]
+
+
+def measure_attention(heads: Attention, source: Source, *, folded: bool) -> list[Outcome]:
+    """The rows of all heads of one attention, or why there are none."""
+    try:
+        matrices = read_matrices(heads[0], source)
+    except (SourceError, FormatError) as error:
+        return [f"heads of '{heads[0].name}' {UNREAD}: {error}"]
+    except (NoDataError, ValueError) as error:
+        return [f"heads of '{heads[0].name}' left out: {error}"]
+    return [_row(head, matrices, folded) for head in heads]
+
+
+def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
+    """Every matrix of an attention, dequantised, and the gains that feed them."""
+    return {
+        ref: Read(read_matrix(source, ref), None if ref.norm is None else read_gain(source, ref.norm))
+        for ref in head_matrices(head)
+    }
+
+
+def factors_of(head: HeadRef, matrices: Matrices, *, folded: bool) -> Factors:
+    """The thin factors of a head; `folded`: with the gains of the norms that feed them, where there are any."""
+    w_q_DI = torch.cat([_share(rows, matrices, folded) for rows in head.q])
+    w_k_DJ = torch.cat([_share(rows, matrices, folded) for rows in head.k])
+    w_o_OE = matrices[head.o.ref].matrix[:, head.o.start : head.o.stop].to(torch.float64)
+    return Factors(w_q_DI, w_k_DJ, _share(head.v, matrices, folded), w_o_OE)
+
+
+def _share(rows: HeadRows, matrices: Matrices, folded: bool) -> Tensor:
+    """The rows of W, or of the product of a low-rank pair."""
+    read = matrices[rows.ref]
+    w = fold(read.matrix[rows.start : rows.stop], read.gain if folded else None)
+    return w if rows.after is None else w @ _share(rows.after, matrices, folded)
+
+
+def _row(head: HeadRef, matrices: Matrices, folded: bool) -> Outcome:
+    used = factors_of(head, matrices, folded=folded)
+    one_stream = head.block == "attention" and used.w_q_DI.shape[1] == used.w_k_DJ.shape[1] == used.w_o_OE.shape[0]
+    try:
+        qk = read_circuit(qk_circuit(used.w_q_DI, used.w_k_DJ, head.scale), one_stream=one_stream)
+        ov = read_circuit(ov_circuit(used.w_o_OE, used.w_v_EJ), one_stream=one_stream)
+    except ValueError as error:
+        return f"head {head.head} of '{head.name}' left out: {error}"
+    normed = used if folded else factors_of(head, matrices, folded=True)  # what the keys and queries really are
+    ratio = participation_ratio(qk.values.numpy())
+    return HeadReport(
+        name=head.name,
+        stack=head.stack,
+        layer=head.layer,
+        block=head.block,
+        head=head.head,
+        kv_head=head.kv_head,
+        qk_singular_values=tuple(qk.values.tolist()),
+        ov_singular_values=tuple(ov.values.tolist()),
+        qk_participation_ratio=ratio,
+        ov_participation_ratio=participation_ratio(ov.values.numpy()),
+        qk_symmetric_energy=qk.symmetric_energy,
+        qk_eigenvalue_score=qk.eigenvalue_score,
+        inverse_temperature=float(qk.values[0]),
+        copying_score=ov.eigenvalue_score,
+        capacity_log10=head_capacity_log10(
+            ratio, scale=head.scale, query_norm=token_norm(normed.w_q_DI), key_norm=token_norm(normed.w_k_DJ)
+        ),
+        error_bound=max(qk.error_bound, ov.error_bound),
+        conventions=_conventions(head, folded),
+    )
+
+
+def _conventions(head: HeadRef, folded: bool) -> dict[str, object]:
+    """What was done and what was left out, in words that a program can read."""
+    outer = (head.q[0].after or head.q[0]).ref.norm
+    return {
+        "scale": head.scale,
+        "norm_folded": folded and outer is not None,
+        "norm": None if outer is None else outer.tensor.name,
+        "biases": list(head.biases),
+        "qk_norm": head.qk_norm,
+        "soft_cap": head.soft_cap,
+        "rotary": head.rotary,
+        "low_rank": any(rows.after is not None for rows in (*head.q, *head.k)),
+    }
