@@ -101,6 +101,15 @@ def test_on_the_hub_it_is_fetched_by_itself(hub, files):
     assert "loss curve" not in kinds(analyze("org/weights-only", roles=("q",)))
 
 
+def test_a_state_too_large_for_a_curve_is_not_fetched(hub, files, monkeypatch):
+    monkeypatch.setattr("lmd_hf.weights.repository.STATE_BYTES", 100)
+    hub.add("org/huge-state", {**files, "trainer_state.json": state(None).encode()})
+    report = analyze("org/huge-state", roles=("q",))
+    assert kinds(report)["loss curve"][0] == "unknown"
+    assert "which no loss curve needs" in report.summary()
+    assert not [path for _, path, _ in hub.requests if "trainer_state" in path]
+
+
 def test_in_the_cache_it_is_found_online_and_offline(hub, files, monkeypatch):
     hub.add("org/cached", {**files, "trainer_state.json": state(None).encode()})
     first = analyze("org/cached", download=True)
