@@ -137,15 +137,14 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
 
 
 def _cached_state(api: HfApi, folder: Path, repo_id: str, commit: str, subfolder: str) -> tuple[str, Path] | None:
-    """The trainer's state of a snapshot whose weights are cached: from the cache, or by one question to the Hub; without
-    a Hub, what the cache has."""
+    """The trainer's state of a snapshot whose weights are cached: from the cache, or by one question to the Hub;
+    without a Hub, what the cache has."""
     if (found := find_state(folder)) is not None or is_offline_mode():
         return found
     prefix = f"{subfolder}/" if subfolder else ""
     try:
-        check_state(
-            STATE, get_hf_file_metadata(hf_hub_url(repo_id, prefix + STATE, revision=commit), token=api.token).size
-        )
+        url = hf_hub_url(repo_id, prefix + STATE, revision=commit)
+        check_state(STATE, get_hf_file_metadata(url, token=api.token).size)
         return STATE, _fetch(api, repo_id, prefix, commit, STATE)
     except (HfHubHTTPError, *unreachable_errors()):  # no such file, or no answer
         return None

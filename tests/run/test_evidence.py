@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
@@ -123,6 +124,13 @@ def test_in_the_cache_it_is_found_online_and_offline(hub, files, monkeypatch):
     assert asked == [path for path in asked if "cached-bare" not in path]  # the listing had said that there is none
     again = analyze("org/cached-bare")
     assert "loss curve" not in kinds(again)
+
+
+def test_weights_that_were_cached_without_it_find_it_on_the_hub(hub, files):
+    hub.add("org/half-cached", {**files, "trainer_state.json": state(None).encode()})
+    for name in files:
+        hf_hub_download("org/half-cached", name)
+    assert kinds(analyze("org/half-cached", roles=("q",)))["loss curve"] == ("stable", "trainer_state.json")
 
 
 def moved(model, by):
