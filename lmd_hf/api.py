@@ -16,7 +16,7 @@ from huggingface_hub.utils import tqdm
 from lmd_hf.changes import Pair
 from lmd_hf.errors import LmdError, SettingsError, SourceError
 from lmd_hf.evidence import Evidence, Thresholds
-from lmd_hf.records import MatrixRef, Plan, Settings, Work
+from lmd_hf.records import Data, Inventory, MatrixRef, Plan, Settings, Work
 from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
@@ -25,10 +25,10 @@ from lmd_hf.run.convergence import check_thresholds
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
-from lmd_hf.run.heads import with_heads
+from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.pairs import match
-from lmd_hf.run.plan import make_plan
+from lmd_hf.run.plan import make_plan, plan_heads
 from lmd_hf.run.world import World
 from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
@@ -64,6 +64,7 @@ def analyze(
     heads: bool = False,
     rank: int = 0,
     device: str = "auto",
+    data: str | Path | Data | None = None,
     factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report: ...
@@ -92,6 +93,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     heads: bool = False,
     rank: int = 0,
     device: str = "auto",
+    data: str | Path | Data | None = None,
     factors: str | Path | None = None,
     world: World | None = None,
 ) -> Report | list[Report]:
@@ -103,13 +105,13 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
     the updates added. The keywords after that are the fields of `Settings`.
 
+    With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected; heads
+    that cannot be formed are notes of the coverage.
+
     Whether the training had converged is judged by what there is: the loss curve in a `trainer_state.json` beside the
     weights (or in the last `checkpoint-N` folder there), with `before` an earlier checkpoint of the same training (a
     folder, a file, a module, a Hub id, `id@revision`, or `@revision` of the same repository), and what weights alone
     tell against it; `thresholds` says where a verdict turns. Without evidence it is `unknown`.
-
-    With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected; heads
-    that cannot be formed are notes of the coverage.
 
     With `rank` and `factors`, the rank that has a matrix also writes its leading axes into that folder, one safetensors
     file each: `projection` (U·Odist), `s` (S') and `similarity` (Idist·Vᵀ), as `lmd_hf.decompose` gives them (of
@@ -133,6 +135,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         heads=heads,
         rank=rank,
         device=device,
+        data=Data(str(data)) if isinstance(data, (str, Path)) else data,
     )
     if (rank > 0) != (factors is not None):
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
@@ -160,32 +163,41 @@ def _analyze_one(
         table.result()
         opened = time.perf_counter()
         with ExitStack() as open_files:
-            kept = nullcontext(Journal()) if source.module is not None else open_journal(source.identity)
+            forgets = source.module is not None or settings.data is not None
+            kept = nullcontext(Journal()) if forgets else open_journal(source.identity)
             journal = open_files.enter_context(kept)
             # transformers takes seconds to import: the first matrices overlap it
             ahead = open_files.enter_context(_ahead(source, settings, world, journal))
-            todo = world.together(lambda: make_plan(list_matrices(source), source.identity, settings, world.size))
+            inventory, todo = world.together(lambda: _planned(source, settings, world))
             world.check_same(repr((todo.identity, todo.works)))
             planned = time.perf_counter()
             identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
             with _progress("decomposing", todo.works, world) as progress:
                 output = Output(journal, factors)
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
-            if settings.heads:
-                results = with_heads(results, todo, source, world=world)
+            decomposed = time.perf_counter()
+            heads = measure_heads(
+                plan_heads(inventory, settings), source, folded=settings.metric == "norm", world=world
+            )
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
-    decomposed = time.perf_counter()
+    timing = {"open": opened - started, "plan": planned - opened, **results.timing}
+    judged = time.perf_counter()
+    timing |= {"heads": judged - decomposed} if settings.heads else {}
     changes = None if earlier is None else _compare_with(earlier, source, settings, thresholds, world)
     convergence = judge(source, results.matrices, changes, thresholds=thresholds, world=world)
     ended = time.perf_counter()
-    timing = {"open": opened - started, "plan": planned - opened, **results.timing, "evidence": ended - decomposed}
-    timing["total"] = ended - started
-    report = build_report(hashed, todo, replace(results, timing=timing), convergence)
+    timing |= {"evidence": ended - judged, "total": ended - started}
+    report = build_report(hashed, todo, replace(results, timing=timing), heads=heads, convergence=convergence)
     if report.unread and not report.matrices:
         raise SourceError(report.unread[0].reason)
     return report
+
+
+def _planned(source: Source, settings: Settings, world: World) -> tuple[Inventory, Plan]:
+    inventory = list_matrices(source)
+    return inventory, make_plan(inventory, source.identity, settings, world.size)
 
 
 def _compare_with(before: Source, source: Source, settings: Settings, thresholds: Thresholds, world: World) -> Evidence:

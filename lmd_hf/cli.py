@@ -19,12 +19,14 @@ from lmd_hf import __version__
 from lmd_hf.compat import rank
 from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
+from lmd_hf.options import add_settings, chosen_settings
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 INTERRUPTED = "lmd-hf: interrupted; nothing half done was written, what was finished is kept"
 GRACE_SECONDS = 2.0
 FACTORS = "factors"  # the folder below --out
+COMPARED = ("roles", "layers", "match", "device")  # the settings that mean something for two models
 
 
 def main() -> NoReturn:
@@ -101,15 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         named_models.add_argument(
             "--base", help="of a LoRA adapter: decompose this base with it added (auto: the one it names)"
         )
-        for field in dataclasses.fields(_settings()):
-            _add_setting(named_models, field)
+        add_settings(named_models, _settings())
     judged = argparse.ArgumentParser(add_help=False)
     verdict = judged.add_argument_group("the verdict on convergence")
     verdict.add_argument(
         "--before", metavar="MODEL", help="an earlier checkpoint: a folder, a Hub id, id@revision or @revision"
     )
-    for field in dataclasses.fields(_thresholds()):
-        _add_setting(verdict, field)
+    add_settings(verdict, _thresholds())
     written = argparse.ArgumentParser(add_help=False)
     written.add_argument(
         "--out", type=Path, metavar="DIR", help="write report.json, matrices.parquet and figures there"
@@ -130,8 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     for side, what in (("base", "the model before"), ("tuned", "the model after")):
         compare.add_argument(side, metavar=side.upper(), help=f"{what}: a Hub id, a folder or a .safetensors file")
         compare.add_argument(f"--{side}-revision", help=f"branch, tag or commit of {side.upper()}, a Hub id")
-    for field in _comparison_settings():
-        _add_setting(compare, field)
+    add_settings(compare, _settings(), COMPARED)
     compare.add_argument(
         "--out", type=Path, metavar="DIR", help="write compare.json, compare.parquet, card.md and figures there"
     )
@@ -161,32 +160,8 @@ def _thresholds() -> Any:
     return Thresholds
 
 
-def _comparison_settings() -> "list[dataclasses.Field[Any]]":
-    """The settings that mean something for two models."""
-    return [f for f in dataclasses.fields(_settings()) if f.name in ("roles", "layers", "match", "device")]
-
-
-def _add_setting(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", field: "dataclasses.Field[Any]") -> None:
-    if isinstance(field.default, bool):
-        parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
-        return
-    is_list = isinstance(field.default, tuple)
-    parser.add_argument(
-        f"--{field.name.replace('_', '-')}",
-        default=field.default,
-        choices=field.metadata.get("choices"),
-        type=_comma_list if is_list else type(field.default),
-        metavar=None if "choices" in field.metadata else field.name.upper(),
-        help=f"{field.metadata['help']} (default: {'all' if field.default in ('', ()) else field.default})",
-    )
-
-
-def _comma_list(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
-
-
 def _chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(_settings())}
+    return chosen_settings(_settings(), options)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -226,8 +201,7 @@ def _run_analysis(options: argparse.Namespace, model: str, **shared: Any) -> Any
 
 def _where(options: argparse.Namespace) -> dict[str, Any]:
     named = {name: getattr(options, name) for name in ("revision", "subfolder", "download", "base", "before")}
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(_thresholds())}
-    return named | {"thresholds": _thresholds()(**values)}
+    return named | {"thresholds": _thresholds()(**chosen_settings(_thresholds(), options))}
 
 
 def _analyze_several(options: argparse.Namespace, world: Any) -> None:
@@ -329,7 +303,7 @@ def _compare(options: argparse.Namespace) -> None:
         options.tuned,
         base_revision=options.base_revision,
         tuned_revision=options.tuned_revision,
-        settings=Settings(**{field.name: getattr(options, field.name) for field in _comparison_settings()}),
+        settings=Settings(**{name: getattr(options, name) for name in COMPARED}),
     )
     if options.out is not None:
         from lmd_hf.report.files import comparison_writers

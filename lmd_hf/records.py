@@ -160,39 +160,31 @@ class Inventory:
 
 
 @dataclass(frozen=True)
-class HeadRows:
-    """Rows start…stop of a matrix W (of an o: columns), which one head has to itself. With `after`, a low-rank pair: W
-    is applied to what those rows of another matrix give."""
+class Data:
+    """Which data the metric `data` comes from. Each field is an option of the command line."""
 
-    ref: MatrixRef
-    start: int
-    stop: int
-    after: HeadRows | None = None
-
-
-@dataclass(frozen=True)
-class HeadRef:
-    """One attention head: W_Q and W_K (the parts of `q` and `k`, one below the other, in the same order), W_V, W_O.
-
-    `scale` multiplies the scores. `name` is that of the tensor with its queries. What the model does beside: `biases`
-    (roles that have one), `qk_norm` (norms of queries or keys), `soft_cap` on the scores, `rotary` positions.
-    """
-
-    name: str
-    stack: str
-    layer: int | None
-    block: str
-    head: int
-    kv_head: int
-    q: tuple[HeadRows, ...]
-    k: tuple[HeadRows, ...]
-    v: HeadRows
-    o: HeadRows
-    scale: float
-    biases: tuple[str, ...]
-    qk_norm: bool
-    soft_cap: float | None
-    rotary: bool
+    dataset: str = field(
+        default="",
+        metadata={
+            "help": "for --metric data: a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, an image folder",
+            "unset": "none",
+        },
+    )
+    samples: int = field(default=512, metadata={"help": "so many examples of the dataset, drawn uniformly"})
+    seq_len: int = field(default=128, metadata={"help": "longer texts are cut to so many tokens"})
+    batch_size: int = field(default=8, metadata={"help": "examples in one forward pass"})
+    graph: str = field(
+        default="complete",
+        metadata={
+            "choices": ("complete", "knn"),
+            "help": "of the metric: complete is the covariance, knn looks at nearest neighbours alone",
+        },
+    )
+    neighbours: int = field(default=10, metadata={"help": "of each sample in a nearest-neighbour graph"})
+    tokens: int = field(
+        default=0,
+        metadata={"help": "in the uniform sample that covariances use; 0: twice the widest input, at least 4,096"},
+    )
 
 
 @dataclass(frozen=True)
@@ -202,8 +194,9 @@ class Settings:
     metric: str = field(
         default="identity",
         metadata={
-            "choices": ("identity", "norm"),
-            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it",
+            "choices": ("identity", "norm", "data"),
+            "help": "identity: the spectrum of W; norm: of W times the gain of the norm that feeds it; data: of W "
+            "in the metric of its inputs over a dataset",
         },
     )
     kernel: str = field(
@@ -226,6 +219,7 @@ class Settings:
         default=0, metadata={"help": "write so many leading axes of every matrix as factors too, below --out"}
     )
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one"})
+    data: Data | None = field(default=None, metadata={"fields": Data})
 
 
 @dataclass(frozen=True)
@@ -265,7 +259,28 @@ class Plan:
     parameters: int
     notes: tuple[str, ...]
     estimate: Estimate | None = field(default=None, compare=False)
-    heads: tuple[HeadRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """What the data say of one matrix, beside its spectrum in their metric.
+
+    `samples` rows of its input are in the metric, `graph_samples` in the nearest-neighbour graphs, which fall into so
+    many `components` (of `input` and `output`). `energy` = Σs'², the mean squared length of W·x (about its mean where
+    the layer has a bias); its standard error is relative, that of the participation ratio absolute. The two shares say
+    how much of that energy the leading n' axes of S' carry, and of the plain singular value decomposition. `dimensions`
+    holds {input, latent, output: {estimator: (intrinsic dimension, standard error)}}, `None` where samples are too few.
+    """
+
+    samples: int
+    energy: float
+    energy_error: float | None
+    participation_ratio_error: float | None
+    metric_share: float | None
+    weights_share: float | None
+    graph_samples: int
+    components: dict[str, int | None]
+    dimensions: dict[str, dict[str, tuple[float, float] | None]]
 
 
 @dataclass(frozen=True)
@@ -280,6 +295,9 @@ class MatrixReport:
     `kernel` is what was planned, `method` what ran. Where that is `krylov+quadrature`, `singular_values` are the
     leading ones, each within `error_bound` (relative), and `intervals` holds a 95 % interval for each number that is
     estimated from a sketched distribution; it is `None` where every number is exact to `error_bound`.
+
+    In the metric `data`, `data` and `topology_spectrum` are there too (its ranks as those of the singular values), or
+    `metric_note` says why the metric is another.
     """
 
     name: str
@@ -320,38 +338,10 @@ class MatrixReport:
     singular_values: np.ndarray = field(compare=False, repr=False)
     intervals: dict[str, tuple[float, float]] | None = None
     log_volume: float | None = None
-
-
-@dataclass(frozen=True)
-class HeadReport:
-    """The Hopfield reading of one attention head. A number that does not apply is `None`.
-
-    QK is B = s·W_Kᵀ W_Q, OV is W_O W_V; `qk_…` and `ov_…` describe their spectra, `inverse_temperature` is σ₁(B).
-    `qk_symmetric_energy`, `qk_eigenvalue_score` and `copying_score` (that of OV) are `None` between two streams.
-    `error_bound` is relative, for the singular values above 10⁻⁶ of the largest. `conventions` says what was done
-    (`scale`, `norm_folded` and which `norm`) and what the weights alone leave out (`biases`, `qk_norm`, `soft_cap`; of
-    `rotary` positions they are the zero-offset form).
-    """
-
-    name: str
-    stack: str
-    layer: int | None
-    block: str
-    head: int
-    kv_head: int
-    qk_singular_values: tuple[float, ...]
-    ov_singular_values: tuple[float, ...]
-    qk_participation_ratio: float | None
-    ov_participation_ratio: float | None
-    qk_symmetric_energy: float | None
-    qk_eigenvalue_score: float | None
-    inverse_temperature: float
-    copying_score: float | None
-    capacity_log10: float | None
-    error_bound: float
-    conventions: dict[str, Any]
-    k90: float | None = None
-    hopfield_class: str | None = None
+    metric_note: str | None = None
+    data: DataFigures | None = None
+    topology_spectrum: np.ndarray | None = field(default=None, compare=False, repr=False)
+    topology_ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -390,5 +380,4 @@ class Results:
     aliases: tuple[Alias, ...]
     environment: dict[str, Any]
     timing: dict[str, float]
-    heads: tuple[HeadReport, ...] = ()
     notes: tuple[str, ...] = ()

@@ -87,16 +87,16 @@ def judge(trials: Trials) -> tuple[Check, ...]:
     spans = {name: sorted({t.span for t in trials[name]}) for name in POLYNOMIALS}
     expected = {name: math.comb(SPACE + degree, degree) - 1 for name, degree in POLYNOMIALS.items()}
     return (
+        _grows("the latent dimension in the data metric", [[t.latent for t in trials[n]] for n in BY_DEGREE]),
+        _grows("the latent dimension of the weights alone", [[t.weights for t in trials[n]] for n in BY_DEGREE]),
+        _grows("the held-out error after few points", [[t.error_few for t in trials[n]] for n in BY_DEGREE], ".1e"),
+        _grows("the held-out error after many points", [[t.error_many for t in trials[n]] for n in BY_DEGREE], ".1e"),
         Check(
             f"x^k raises what the first hidden layer spans from {SPACE} to C({SPACE} + k, k) − 1 dimensions: "
             f"{', '.join(f'{expected[name]} for {name}' for name in POLYNOMIALS)}, on every seed",
             ", ".join(f"{' or '.join(map(str, spans[name]))} for {name}" for name in POLYNOMIALS),
             all(spans[name] == [expected[name]] for name in POLYNOMIALS),
         ),
-        _grows("the latent dimension in the data metric", [[t.latent for t in trials[n]] for n in BY_DEGREE]),
-        _grows("the latent dimension of the weights alone", [[t.weights for t in trials[n]] for n in BY_DEGREE]),
-        _grows("the held-out error after few points", [[t.error_few for t in trials[n]] for n in BY_DEGREE], ".1e"),
-        _grows("the held-out error after many points", [[t.error_many for t in trials[n]] for n in BY_DEGREE], ".1e"),
     )
 
 

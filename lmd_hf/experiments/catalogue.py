@@ -23,10 +23,11 @@ EXPERIMENTS: dict[str, str] = {  # name: its question
     "swiss-roll": "Does S' find the intrinsic dimension of the data that a network was trained on?",
     "activations": "Does the latent dimension grow with the degree of the activation, and the held-out error with it?",
     "training": "How do the factors of a Transformer change from initialisation to convergence?",
+    "convergence": "Do the verdicts on convergence tell trainings that were stopped early from long ones?",
     "high-dimension": "Does S' tell data of few intrinsic dimensions from data of many?",
     "semantics": "Do the latent axes of a trained network separate the classes that it learned?",
-    "convergence": "Do the verdicts on convergence tell trainings that were stopped early from long ones?",
     "capacity": "How does the number of patterns that an associative memory recalls grow with its dimension?",
+    "hopfield-similarity": "Which similarity finds a stored digit again from a noisy or a half hidden one?",
     "capacity-expressivity": "Which ratio of capacity to expressivity goes with the lowest error on which manifold?",
     "encoding-margin": "Does the encoding theorem's bound hold for trained networks, and how tight is it?",
 }

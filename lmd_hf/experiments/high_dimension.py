@@ -125,6 +125,7 @@ def _judge_graph(graph: str, trials: Trials) -> tuple[Check, ...]:
             f"{graph} graph, control: the same layer untrained does not follow it that closely {needed}",
             f"{spread(control)}, less {counted(flat)}",
             sum(flat) >= SHARE * len(flat),
+            decides=False,
         ),
         Check(
             f"{graph} graph: S' is the dial, its mean participation ratio within a factor {FACTOR} of each d ≤ {FOUND}",

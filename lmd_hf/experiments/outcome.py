@@ -25,11 +25,15 @@ Row = Mapping[str, Cell]
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One claim with its rule, what was found, and whether the rule holds for the numbers."""
+    """One claim with its rule, what was found, and whether the rule holds for the numbers.
+
+    What is no part of the expectation under test, such as a further control, does not decide the verdict.
+    """
 
     expected: str
     found: str
     agrees: bool
+    decides: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +53,18 @@ class Outcome:
 
     @property
     def agrees(self) -> bool:
-        """Whether every check agrees."""
-        return all(check.agrees for check in self.checks)
+        """Whether every check that decides agrees."""
+        return all(check.agrees for check in self.checks if check.decides)
 
     @property
     def expected(self) -> str:
-        """What was expected, one sentence a check."""
-        return "; ".join(check.expected for check in self.checks)
+        """What was expected: the checks that decide."""
+        return "; ".join(check.expected for check in self.checks if check.decides)
 
     @property
     def found(self) -> str:
-        """What was found, one sentence a check."""
-        return "; ".join(check.found for check in self.checks)
+        """What was found, in the same order."""
+        return "; ".join(check.found for check in self.checks if check.decides)
 
     def to_dict(self) -> dict[str, Any]:
         """{name, expected, found, agrees, seeds, tables}; the first table holds the checks one by one."""
@@ -76,14 +80,16 @@ class Outcome:
 
     def to_markdown(self) -> str:
         """The report: question, checks, method, tables and figures."""
-        checks = [(c.expected, c.found, verdict(c.agrees)) for c in self.checks]
         parts = [
             f"# {self.name}",
             self.question,
-            tabulate(checks, headers=("expected", "found", "agrees"), tablefmt="github"),
+            f"Agrees: **{verdict(self.agrees)}**",
+            _checks_table([check for check in self.checks if check.decides]),
             f"{self.method} Seeds: {_numbers(self.seeds)}; ± and sd are standard deviations over them.",
             *(f"![{name}]({name}.png)" for name in self.figures),
         ]
+        if further := [check for check in self.checks if not check.decides]:
+            parts += ["## further controls, no part of the verdict", _checks_table(further)]
         for title, rows in self.tables.items():
             parts += [f"## {title}", _markdown_table(rows)]
         parts.append(f"Made by `lmd-hf reproduce {self.name} --seeds {len(self.seeds)}`.")
@@ -131,14 +137,30 @@ def outcome_writers(outcome: Outcome) -> dict[str, Callable[[Path], None]]:
 
 
 def index_page(folder: Path, names: Sequence[str]) -> str:
-    """One line for each experiment whose outcome.json lies in a subfolder of its name."""
-    done = [json.loads((folder / n / JSON).read_text(encoding="utf-8")) for n in names if (folder / n / JSON).is_file()]
-    rows = [
-        (f"[{o['name']}]({o['name']}/{REPORT})", o["expected"], o["found"], verdict(o["agrees"]), len(o["seeds"]))
-        for o in done
-    ]
-    table = tabulate(rows, headers=("experiment", "expected", "found", "agrees", "seeds"), tablefmt="github")
+    """The page over the experiments whose outcome.json lies in a subfolder of their name."""
+    table = index_table(folder, names)
     return f"# The paper's experiments\n\n{table}\n\nMade by `lmd-hf reproduce --all --out DIR`.\n"
+
+
+def index_table(folder: Path, names: Sequence[str], *, link: str = "") -> str:
+    """One line each: the first rule, what was found of it, how many rules hold and whether all do; `link` leads to
+    `folder` from the page."""
+    rows = []
+    for name in names:
+        if (folder / name / JSON).is_file():
+            outcome = json.loads((folder / name / JSON).read_text(encoding="utf-8"))
+            rules = [check for check in outcome["tables"]["checks"] if check["decides"]]
+            hold = f"{sum(rule['agrees'] for rule in rules)} of {len(rules)}"
+            first = rules[0]
+            page = f"[{name}]({link}{name}/{REPORT})"
+            rows.append((page, first["expected"], first["found"], hold, verdict(outcome["agrees"])))
+    headers = ("experiment", "first of its rules", "found", "rules that hold", "agrees")
+    return tabulate(rows, headers=headers, tablefmt="github")
+
+
+def _checks_table(checks: Sequence[Check]) -> str:
+    rows = [(check.expected, check.found, verdict(check.agrees)) for check in checks]
+    return tabulate(rows, headers=("expected", "found", "agrees"), tablefmt="github")
 
 
 def _markdown_table(rows: Sequence[Row]) -> str:

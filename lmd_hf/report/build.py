@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from lmd_hf import __version__
+from lmd_hf.circuits import Heads
 from lmd_hf.evidence import Convergence
 from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
@@ -11,16 +12,21 @@ from lmd_hf.report.report import SCHEMA, Report
 from lmd_hf.weights.inventory import pieces
 
 
-def build_report(identity: ModelIdentity, plan: Plan, results: Results, convergence: Convergence) -> Report:
+NO_HEADS = Heads((), ())
+
+
+def build_report(
+    identity: ModelIdentity, plan: Plan, results: Results, *, convergence: Convergence, heads: Heads = NO_HEADS
+) -> Report:
     """The report of one model; its coverage adds up to every stored parameter, or this raises `AssertionError`."""
     return Report(
         schema=SCHEMA,
         lmd_hf=__version__,
         model=identity,
         settings=dataclasses.asdict(plan.settings) | {"roles": list(plan.settings.roles)},
-        coverage=_coverage(plan, results),
+        coverage=_coverage(plan, results, heads),
         matrices=results.matrices,
-        heads=results.heads,
+        heads=heads.rows,
         findings=find(results.matrices),
         convergence=convergence,
         environment=results.environment,
@@ -28,7 +34,7 @@ def build_report(identity: ModelIdentity, plan: Plan, results: Results, converge
     )
 
 
-def _coverage(plan: Plan, results: Results) -> Coverage:
+def _coverage(plan: Plan, results: Results, heads: Heads) -> Coverage:
     skipped = plan.skipped + results.skipped
     aliases = plan.aliases + results.aliases
     stored = {(work.ref.name, work.ref.part): pieces(work.ref) for work in plan.works}
@@ -36,4 +42,6 @@ def _coverage(plan: Plan, results: Results) -> Coverage:
     passed = sum(math.prod(s.shape) for s in skipped) + sum(math.prod(a.shape) for a in aliases if a.stored)
     assert decomposed + passed == plan.parameters, "every stored parameter must be accounted for"
     fraction = decomposed / plan.parameters if plan.parameters else 0.0
-    return Coverage(plan.parameters, decomposed, fraction, skipped, aliases, (*plan.notes, *results.notes))
+    return Coverage(
+        plan.parameters, decomposed, fraction, skipped, aliases, (*plan.notes, *results.notes, *heads.notes)
+    )

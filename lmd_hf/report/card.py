@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lmd_hf.records import MatrixReport, Settings
+from lmd_hf.records import Data, MatrixReport, Settings
 from lmd_hf.report import heads
 from lmd_hf.report.findings import noise_ratio
 from lmd_hf.report.text import (
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 EXTREMES = 3
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
+DEFAULTS = {field.name: field.default for record in (Settings, Data) for field in dataclasses.fields(record)}
 
 
 def section(report: "Report") -> str:
@@ -111,9 +111,11 @@ def _findings(report: "Report") -> str:
 
 def _reproduce(report: "Report") -> str:
     model, settings = report.model, report.settings
+    flat = {**settings, **(settings.get("data") or {}), "data": None}
     options = "".join(
-        f" --{name}" + ("" if value is True else f" {','.join(value) if isinstance(value, list) else value}")
-        for name, value in settings.items()
+        f" --{name.replace('_', '-')}"
+        + ("" if value is True else f" {','.join(value) if isinstance(value, list) else value}")
+        for name, value in flat.items()
         if value and name != "device" and value != DEFAULTS.get(name)
     )
     pinned = f" --revision {model.commit}" if model.commit else ""

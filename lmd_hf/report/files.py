@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -13,7 +14,7 @@ import pyarrow.parquet
 
 from lmd_hf.errors import OutputError, SourceError
 from lmd_hf.report.compare import Comparison
-from lmd_hf.report.plain import Row
+from lmd_hf.report.plain import SPECTRA, Row
 from lmd_hf.report.report import Report
 
 
@@ -98,16 +99,21 @@ def _with_spectra(matrices: tuple[Row, ...], table: Path) -> tuple[Row, ...]:
     """The matrices with their whole spectra, where the table has them."""
     if not table.is_file():
         return matrices
-    columns = pyarrow.parquet.read_table(table, columns=["name", "part", "singular_values"]).to_pylist()
-    spectra = {(row["name"], row["part"]): np.array(row["singular_values"], dtype=np.float64) for row in columns}
-    complete = []
-    for matrix in matrices:
-        whole = spectra.get((matrix.name, matrix.part))
-        if whole is not None and len(whole) == min(matrix.shape):
-            whole.flags.writeable = False
-            matrix = replace(matrix, singular_values=whole, singular_value_ranks=None)
-        complete.append(matrix)
-    return tuple(complete)
+    held: list[str] = [name for name in SPECTRA.values() if name in pyarrow.parquet.read_schema(table).names]
+    rows = pyarrow.parquet.read_table(table, columns=["name", "part", *held]).to_pylist()
+    spectra = {(row["name"], row["part"]): row for row in rows}
+    return tuple(_completed(matrix, spectra.get((matrix.name, matrix.part), {})) for matrix in matrices)
+
+
+def _completed(matrix: Row, spectra: Mapping[str, Any]) -> Row:
+    """A matrix whose thinned spectra are whole again; those of a sketch are not all there."""
+    whole: dict[str, Any] = {}
+    for ranks, name in SPECTRA.items():
+        thinned, values = getattr(matrix, ranks, None), spectra.get(name)
+        if thinned is not None and values is not None and len(thinned) < len(values) == thinned[-1]:
+            whole |= {name: np.array(values, dtype=np.float64), ranks: None}
+            whole[name].flags.writeable = False
+    return replace(matrix, **whole) if whole else matrix
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -115,10 +121,11 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write_parquet(report: Report | Comparison, path: Path) -> None:
-    whole = [matrix.singular_values.tolist() for matrix in report.matrices]
-    rows = [{**row, "singular_values": values} for row, values in zip(report.to_dict()["matrices"], whole, strict=True)]
-    for row in rows:
-        del row["singular_value_ranks"]
+    rows = report.to_dict()["matrices"]
+    for row, matrix in zip(rows, report.matrices, strict=True):
+        for ranks, name in SPECTRA.items():
+            if row.pop(ranks, None) is not None:
+                row[name] = getattr(matrix, name).tolist()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tabulate import tabulate
 
-from lmd_hf.records import HeadReport
+from lmd_hf.circuits import HeadReport
 from lmd_hf.report.text import rounded, spread
 
 

@@ -7,11 +7,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lmd_hf.changes import MatrixChange
+from lmd_hf.circuits import HeadReport
 from lmd_hf.errors import FormatError
-from lmd_hf.records import HeadReport, MatrixReport, ModelIdentity, WeightFile
+from lmd_hf.records import DataFigures, MatrixReport, ModelIdentity, WeightFile
 
 
 KEPT_VALUES = 512  # singular values of a matrix in JSON; the parquet file has all of them
+SPECTRA = {"singular_value_ranks": "singular_values", "topology_ranks": "topology_spectrum"}  # ranks: values
 Row = TypeVar("Row", MatrixReport, MatrixChange)
 
 
@@ -27,33 +29,49 @@ def plain(value: Any) -> Any:
 
 
 def row_to_dict(row: MatrixReport | MatrixChange) -> dict[str, Any]:
-    """One matrix; a spectrum longer than 512 is thinned evenly, with both ends."""
-    values, ranks = row.singular_values, row.singular_value_ranks
-    if ranks is None and len(values) > KEPT_VALUES:
-        ranks = tuple(int(rank) for rank in np.linspace(1, len(values), KEPT_VALUES).round())
-        values = values[np.array(ranks) - 1]
+    """One matrix; spectra longer than 512 are thinned evenly, with both ends."""
     numbers = {
         field.name: plain(getattr(row, field.name))
         for field in dataclasses.fields(row)
-        if not field.name.startswith("singular_value")
+        if field.name not in (*SPECTRA, *SPECTRA.values())
     }
-    return {
-        **numbers,
-        "singular_value_ranks": None if ranks is None else list(ranks),
-        "singular_values": values.tolist(),
-    }
+    for ranks, values in SPECTRA.items():
+        if hasattr(row, values):
+            numbers[ranks], numbers[values] = _thinned(getattr(row, values), getattr(row, ranks))
+    return numbers
+
+
+def _thinned(values: np.ndarray | None, ranks: tuple[int, ...] | None) -> tuple[list[int] | None, list[float] | None]:
+    """(1-based ranks of the values that are kept, `None` for all; the values)."""
+    if values is None:
+        return None, None
+    if ranks is None and len(values) > KEPT_VALUES:
+        ranks = tuple(int(rank) for rank in np.linspace(1, len(values), KEPT_VALUES).round())
+        values = values[np.array(ranks) - 1]
+    return None if ranks is None else list(ranks), values.tolist()
 
 
 def row_from_dict(kind: type[Row], values: dict[str, Any]) -> Row:
     """The matrix back from `row_to_dict`."""
-    ranks = values["singular_value_ranks"]
-    spectrum = np.array(values["singular_values"], dtype=np.float64)
-    spectrum.flags.writeable = False
-    shape = tuple(values["shape"])
-    kept = None if ranks is None else tuple(ranks)
+    values = {**values, "shape": tuple(values["shape"])}
+    for ranks, name in SPECTRA.items():
+        if values.get(name) is not None:
+            spectrum = np.array(values[name], dtype=np.float64)
+            spectrum.flags.writeable = False
+            values |= {name: spectrum, ranks: None if values[ranks] is None else tuple(values[ranks])}
     if values.get("intervals"):
-        values = {**values, "intervals": {name: tuple(ends) for name, ends in values["intervals"].items()}}
-    return kind(**{**values, "shape": shape, "singular_value_ranks": kept, "singular_values": spectrum})
+        values["intervals"] = {name: tuple(ends) for name, ends in values["intervals"].items()}
+    if values.get("data"):
+        values["data"] = _data_from_dict(values["data"])
+    return kind(**values)
+
+
+def _data_from_dict(values: dict[str, Any]) -> DataFigures:
+    dimensions = {
+        place: {name: None if found is None else tuple(found) for name, found in each.items()}
+        for place, each in values["dimensions"].items()
+    }
+    return DataFigures(**{**values, "dimensions": dimensions})
 
 
 def head_from_dict(values: dict[str, Any]) -> HeadReport:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from lmd_hf.circuits import HeadReport
 from lmd_hf.matrix.dimension import expressivity
-from lmd_hf.records import HeadReport
 from lmd_hf.report import heads
 from lmd_hf.report.text import by_role
 

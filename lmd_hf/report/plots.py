@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lmd_hf.changes import MatrixChange
-from lmd_hf.records import HeadReport, MatrixReport
+from lmd_hf.circuits import HeadReport
+from lmd_hf.records import MatrixReport
 from lmd_hf.report.heads import grids
 from lmd_hf.report.plain import Row
 from lmd_hf.report.plane import COLORMAP, layer_bar, layer_color, plane

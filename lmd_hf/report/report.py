@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmd_hf.circuits import HeadReport
 from lmd_hf.errors import FormatError
 from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
-from lmd_hf.records import UNREAD, Alias, Coverage, Finding, HeadReport, MatrixReport, ModelIdentity, Skipped
+from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
 from lmd_hf.report.plain import (
     head_from_dict,
     identity_from_dict,

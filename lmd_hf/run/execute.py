@@ -2,11 +2,12 @@
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.matrix.metrics import Metric, norm
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.factors import is_written, write_factors
-from lmd_hf.run.journal import Journal, Keys, content_key, place_key
+from lmd_hf.run.in_data import Round, Sight, input_metric, measure_in_data, rounds
+from lmd_hf.run.journal import PLACE, Journal, Keys, content_key, place_key
 from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
 from lmd_hf.run.workers import pick_device, upload, worker_count, worker_pool
@@ -93,15 +96,52 @@ def execute(
     On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
     matrix that cannot be done becomes `Skipped`; the others go on. What the journal of `output` holds is not computed
     again, nor read where its file's hash is known; `ahead` holds what a head start has done or is doing.
-    `progress` is called, in this thread, after each matrix.
+    `progress` is called, in this thread, after each matrix. In the metric `data` the model runs first, and again where
+    its inputs do not fit the memory at one time; nothing of that is journalled.
     """
     started = time.perf_counter()
     world = world or World()
     bench = Bench(plan, source, output or Output(), pick_device(plan.settings.device))
     indices = plan.shards[world.rank]
-    share = world.together(lambda: _do(bench, indices, ahead.take_over() if ahead is not None else {}, progress))
+    shares: list[Share] = []
+    notes: list[str] = []
+    decomposing = 0.0
+    for sighted in rounds(plan, source, bench.device, world):
+        begun = time.perf_counter()
+        notes += sighted.notes
+        shares.append(world.together(partial(_do_round, bench, sighted, indices, ahead, progress)))
+        decomposing += time.perf_counter() - begun
     workers = worker_count([plan.works[index] for index in indices], bench.device, source)
-    return _results(world.gather(share), environment(bench.device, workers, source), started)
+    results = _results(world.gather(_merged(shares)), environment(bench.device, workers, source))
+    spent = time.perf_counter() - started
+    timing = (
+        {"execute": decomposing} if plan.settings.data is None else {"run": spent - decomposing, "execute": decomposing}
+    )
+    return replace(results, timing=timing, notes=(*notes, *_unseen(results.matrices)))
+
+
+def _do_round(
+    bench: "Bench",
+    sighted: Round,
+    indices: tuple[int, ...],
+    ahead: HeadStart | None,
+    progress: Callable[[Work], None] | None,
+) -> Share:
+    """This rank's matrices of one round."""
+    mine = tuple(index for index in indices if index in sighted.indices)
+    return _do(replace(bench, sights=sighted.seen), mine, ahead.take_over() if ahead is not None else {}, progress)
+
+
+def _merged(shares: list[Share]) -> Share:
+    """The shares of one rank, of one round after the other; what it fetched is counted from the beginning."""
+    outcomes = {index: outcome for share in shares for index, outcome in share.outcomes.items()}
+    return replace(shares[-1], outcomes=outcomes)
+
+
+def _unseen(matrices: tuple[MatrixReport, ...]) -> tuple[str, ...]:
+    """In which rows, and why, the metric `data` is not what it is."""
+    counts = Counter(matrix.metric_note for matrix in matrices if matrix.metric_note is not None)
+    return tuple(f"identity metric for {count} of {len(matrices)} matrices: {why}" for why, count in counts.items())
 
 
 def _do(
@@ -126,7 +166,7 @@ def _do(
     return Share(outcomes, bench.output.journal.reused, fetched, touched)
 
 
-def _results(shares: list[Share], here: dict[str, Any], started: float) -> Results:
+def _results(shares: list[Share], here: dict[str, Any]) -> Results:
     outcomes = {index: outcome for share in shares for index, outcome in share.outcomes.items()}
     ordered = [outcomes[index] for index in sorted(outcomes)]
     totals: dict[str, Any] = {"processes": len(shares), "reused": sum(share.reused for share in shares)}
@@ -138,7 +178,7 @@ def _results(shares: list[Share], here: dict[str, Any], started: float) -> Resul
         skipped=tuple(piece for o in ordered if isinstance(o, tuple) for piece in o),
         aliases=tuple(o for o in ordered if isinstance(o, Alias)),
         environment=here | totals,
-        timing={"execute": time.perf_counter() - started},
+        timing={},
     )
 
 
@@ -155,6 +195,7 @@ class Bench:
     source: Source
     output: Output
     device: torch.device
+    sights: dict[Work, Sight] = field(default_factory=dict)
 
     @cached_property
     def _hashes(self) -> dict[str, str | None]:
@@ -206,6 +247,8 @@ class Bench:
             return _skipped(ref, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
 
     def _decomposed(self, reads: ReadAhead, work: Work, stored: Stored) -> Spectra:
+        if self.plan.settings.data is not None:
+            return self._in_data(work, stored)
         gain = read_metric(reads, work.ref, self.plan.settings.metric)
         journal = self.output.journal
         if journal.folder is None and self.output.factors is None:
@@ -215,17 +258,27 @@ class Bench:
         if spectra is None:
             spectra = measure(work, _moved(stored, self.device), gain)
             journal.add(keys, spectra)
-        self._write_factors(work.ref, stored, gain, keys)
+        self._write_factors(work.ref, stored, None if gain is None else norm(gain), keys)
+        return spectra
+
+    def _in_data(self, work: Work, stored: Stored) -> Spectra:
+        sight = self.sights[work]
+        spectra = measure_in_data(work, _moved(stored, self.device), sight)
+        metric = input_metric(sight) if spectra.metric == "data" else None
+        told = None if metric is None else metric.power_times(1.0, torch.eye(work.ref.shape[1], dtype=torch.float64))
+        if self.output.factors is not None:
+            key = content_key(work.ref, stored, told, procedure(work), self.device)
+            self._write_factors(work.ref, stored, metric, Keys(key, PLACE))
         return spectra
 
     def _has_factors(self, ref: MatrixRef, key: str) -> bool:
         folder, rank = self.output.factors, self.plan.settings.rank
         return folder is None or is_written(folder, ref, rank, key)
 
-    def _write_factors(self, ref: MatrixRef, stored: Stored, gain: torch.Tensor | None, keys: Keys) -> None:
+    def _write_factors(self, ref: MatrixRef, stored: Stored, metric: Metric | None, keys: Keys) -> None:
         if self.output.factors is not None and not self._has_factors(ref, keys.content):
             rank, told = self.plan.settings.rank, (keys.content, keys.place)
-            write_factors(self.output.factors, ref, _moved(stored, self.device), gain, rank=rank, keys=told)
+            write_factors(self.output.factors, ref, _moved(stored, self.device), metric, rank=rank, keys=told)
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:

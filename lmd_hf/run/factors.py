@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmd_hf.errors import OutputError
 from lmd_hf.matrix.lmd import LMD, decompose, decompose_product
-from lmd_hf.matrix.metrics import norm
+from lmd_hf.matrix.metrics import Metric
 from lmd_hf.records import Factored, MatrixRef
 from lmd_hf.weights.stored import Stored
 
@@ -36,7 +36,7 @@ def is_written(folder: Path, ref: MatrixRef, rank: int, key: str) -> bool:
 
 
 def write_factors(
-    folder: Path, ref: MatrixRef, stored: Stored, gain: Tensor | None, *, rank: int, keys: tuple[str, str]
+    folder: Path, ref: MatrixRef, stored: Stored, metric: Metric | None, *, rank: int, keys: tuple[str, str]
 ) -> None:
     """Write the `rank` leading axes (all, where there are fewer) of W ≈ projection · diag(s) · similarity.
 
@@ -48,7 +48,6 @@ def write_factors(
     if isinstance(matrix, Factored):
         lmd = decompose_product(matrix, rank=min(rank, matrix.right.shape[0]))
     else:
-        metric = None if gain is None else norm(gain.to(matrix.device))
         lmd = decompose(matrix, input_metric=metric, rank=min(rank, *matrix.shape))
     path = factor_file(folder, ref)
     scratch = path.with_name(f".{uuid.uuid4().hex}")

@@ -1,19 +1,19 @@
 """The Hopfield reading of every attention head, one attention at a time."""
 
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from lmd_hf.circuits import HeadRef, HeadReport, HeadRows, Heads
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.capacity import head_capacity_log10
 from lmd_hf.matrix.dimension import participation_ratio
 from lmd_hf.matrix.hopfield import fold, ov_circuit, qk_circuit, read_circuit, token_norm
-from lmd_hf.records import UNREAD, HeadRef, HeadReport, HeadRows, MatrixRef, Plan, Results
+from lmd_hf.records import UNREAD, MatrixRef
 from lmd_hf.run.workers import count_workers, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.heads import head_matrices
@@ -46,24 +46,20 @@ class Factors:
     w_o_OE: Tensor
 
 
-def with_heads(results: Results, plan: Plan, source: Source, *, world: World | None = None) -> Results:
-    """The results with a row for each head of the plan, in its order, the same on every rank.
+def measure_heads(heads: tuple[HeadRef, ...], source: Source, *, folded: bool, world: World | None = None) -> Heads:
+    """A row for each head, in their order, the same on every rank; `folded`: with the gains of the norms before them.
 
     Each rank takes every `world.size`-th attention, and its threads one after the other; what is read is let go before
     the next. In float64 on the CPU. A head that cannot be done (NaN, no data, bytes that do not come) is a note.
     """
-    started = time.perf_counter()
     world = world or World()
-    attentions = [tuple(heads) for _, heads in groupby(plan.heads, key=lambda head: head.o.ref)]
+    attentions = [tuple(group) for _, group in groupby(heads, key=lambda head: head.o.ref)]
     mine = range(world.rank, len(attentions), world.size)
-    share = world.together(lambda: _measured([attentions[i] for i in mine], source, plan.settings.metric == "norm"))
-    shares = world.gather(share)
+    shares = world.gather(world.together(lambda: _measured([attentions[i] for i in mine], source, folded)))
     outcomes = [outcome for i in range(len(attentions)) for outcome in shares[i % world.size][i // world.size]]
-    return replace(
-        results,
-        heads=tuple(outcome for outcome in outcomes if isinstance(outcome, HeadReport)),
-        notes=(*results.notes, *(outcome for outcome in outcomes if isinstance(outcome, str))),
-        timing={**results.timing, "heads": time.perf_counter() - started},
+    return Heads(
+        tuple(outcome for outcome in outcomes if isinstance(outcome, HeadReport)),
+        tuple(outcome for outcome in outcomes if isinstance(outcome, str)),
     )
 
 

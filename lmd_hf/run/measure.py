@@ -16,7 +16,7 @@ from lmd_hf.matrix.activation import ATTENTION_DEGREE, effective_degree, energy_
 from lmd_hf.matrix.kernels import spectrum_of
 from lmd_hf.matrix.metrics import norm
 from lmd_hf.matrix.spectrum import Spectrum, interval_of, variants
-from lmd_hf.records import Factored, MatrixRef, MatrixReport, Work
+from lmd_hf.records import DataFigures, Factored, MatrixRef, MatrixReport, Work
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Rounding, Stored, read_gain
 
@@ -37,11 +37,15 @@ Numbers = dict[str, Any]
 @dataclass(frozen=True)
 class Spectra:
     """What is computed of one matrix: σ(W), S' in the metric asked for where that is another, and how coarsely W was
-    stored."""
+    stored. In the metric `data` also what the data say, or, as `note`, why the metric is another."""
 
     raw: Spectrum
     used: Spectrum | None
     rounding: Rounding
+    metric: str = "norm"
+    data: DataFigures | None = None
+    topology: np.ndarray | None = None
+    note: str | None = None
 
 
 def read_metric(source: Source, ref: MatrixRef, metric: str) -> torch.Tensor | None:
@@ -62,14 +66,15 @@ def procedure(work: Work) -> str:
 def measure(work: Work, stored: Stored, gain: torch.Tensor | None) -> Spectra:
     """The spectra of W, by the planned kernel. Raises `ValueError` for NaN and infinity, in W or in the gain."""
     w_OI = stored.matrix
-    raw = _spectrum(work, w_OI)
+    raw = spectrum(work, w_OI)
     if gain is None or isinstance(w_OI, Factored):
         return Spectra(raw, None, stored.rounding)
     scaled = norm(gain.to(w_OI.device)).power_times(0.5, w_OI.to(torch.float64).T).T
-    return Spectra(raw, _spectrum(work, scaled), stored.rounding)
+    return Spectra(raw, spectrum(work, scaled), stored.rounding)
 
 
-def _spectrum(work: Work, w: torch.Tensor | Factored) -> Spectrum:
+def spectrum(work: Work, w: torch.Tensor | Factored) -> Spectrum:
+    """The singular values of `w` by the planned kernel."""
     if work.kernel != "sketch":
         return spectrum_of(w, work.kernel)
     seed = int.from_bytes(hashlib.sha256(procedure(work).encode()).digest()[:8], "big")
@@ -78,17 +83,17 @@ def _spectrum(work: Work, w: torch.Tensor | Factored) -> Spectrum:
 
 def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
     """Every number of theory for a matrix, from its spectra."""
-    spectrum, raw, rounding = spectra.used or spectra.raw, spectra.raw, spectra.rounding
-    metric = "identity" if spectra.used is None else "norm"
-    s = spectrum.values.numpy()
+    used, raw, rounding = spectra.used or spectra.raw, spectra.raw, spectra.rounding
+    metric = "identity" if spectra.used is None else spectra.metric
+    s = used.values.numpy()
     s.flags.writeable = False
     degree, effective = _degrees(ref.activation if ref.block in ("mlp", "moe") else None, ref.gated)
     ranks, norm = None, float(np.sqrt((s**2).sum()))
     product = len(s) < min(ref.shape)  # of thin factors: the other values are exactly 0, and no noise fills them
     smallest: float | None = 0.0 if product else float(s[-1])
-    numbers, intervals = _estimated(ref, spectrum, raw, rounding, metric, degree)
-    if spectrum.sketch is not None:
-        ranks, norm, smallest = tuple(range(1, len(spectrum.sketch.certified) + 1)), spectrum.sketch.norm, None
+    numbers, intervals = _estimated(ref, used, raw, rounding, metric, degree)
+    if used.sketch is not None:
+        ranks, norm, smallest = tuple(range(1, len(used.sketch.certified) + 1)), used.sketch.norm, None
         s = s[: len(ranks)]
     return MatrixReport(
         name=ref.name,
@@ -101,8 +106,8 @@ def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
         dtype=ref.dtype,
         stored=ref.stored,
         kernel=kernel,
-        method=spectrum.method,
-        error_bound=spectrum.error_bound,
+        method=used.method,
+        error_bound=used.error_bound,
         frobenius_norm=norm,
         smallest_singular_value=smallest,
         energy_degree=degree,
@@ -111,6 +116,9 @@ def to_row(ref: MatrixRef, spectra: Spectra, *, kernel: str) -> MatrixReport:
         singular_value_ranks=ranks,
         singular_values=s,
         intervals=intervals,
+        metric_note=spectra.note,
+        data=spectra.data,
+        topology_spectrum=spectra.topology,
         **numbers,
     )
 

@@ -4,15 +4,17 @@ import fnmatch
 import heapq
 from collections.abc import Callable
 
+from lmd_hf.circuits import HeadRef
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_flops, sketch_bytes, sketch_flops, sketch_pays
-from lmd_hf.records import ROLES, HeadRef, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
 
 
-METRICS = ("identity", "norm")
+METRICS = ("identity", "norm", "data")
 KERNELS = ("auto", "exact", "sketch")
+GRAPHS = ("complete", "knn")
 
 
 def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
@@ -28,7 +30,6 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     others = [ref for ref in inventory.selected if id(ref) not in kept]
     unselected = [Skipped(name, shape, "not selected") for ref in others for name, shape in pieces(ref)]
     works = tuple(_work(ref, settings) for ref in chosen)
-    heads, notes = _heads(inventory, kept) if settings.heads else ((), ())
     return Plan(
         identity=identity,
         settings=settings,
@@ -37,17 +38,21 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
         skipped=inventory.skipped + tuple(unselected),
         aliases=inventory.aliases,
         parameters=inventory.parameters,
-        notes=(*inventory.notes, *notes),
-        heads=heads,
+        notes=(*inventory.notes, *(_unformed(inventory, chosen) if settings.heads else ())),
     )
 
 
-def _heads(inventory: Inventory, kept: set[int]) -> tuple[tuple[HeadRef, ...], tuple[str, ...]]:
-    """The heads of which a matrix is selected, and why others cannot be formed."""
-    heads, unformed = list_heads(inventory)
-    chosen = {ref.name for ref in inventory.selected if id(ref) in kept}
-    notes = unformed_notes(each for each in unformed if each.name in chosen)
-    return tuple(head for head in heads if chosen & {ref.name for ref in head_matrices(head)}), notes
+def plan_heads(inventory: Inventory, settings: Settings) -> tuple[HeadRef, ...]:
+    """The heads of which a matrix is selected; none where they are not asked for."""
+    if not settings.heads:
+        return ()
+    is_chosen = selector(inventory, settings)
+    return tuple(head for head in list_heads(inventory)[0] if any(map(is_chosen, head_matrices(head))))
+
+
+def _unformed(inventory: Inventory, chosen: list[MatrixRef]) -> tuple[str, ...]:
+    names = {ref.name for ref in chosen}
+    return unformed_notes(each for each in list_heads(inventory)[1] if each.name in names)
 
 
 def selector(inventory: Inventory, settings: Settings) -> Callable[[MatrixRef], bool]:
@@ -74,8 +79,26 @@ def _check(settings: Settings) -> None:
         for value in values:
             if value not in known:
                 raise SettingsError(f"no {kind} '{value}'; known: {', '.join(known)}")
+    _check_data(settings.metric, settings.data)
     if not 0 < settings.tolerance < 1:
         raise SettingsError(f"tolerance is {settings.tolerance}; it is relative, so give a number between 0 and 1")
+
+
+def _check_data(metric: str, data: Data | None) -> None:
+    if metric != "data":
+        if data is not None:
+            raise SettingsError(f"a dataset is for the metric 'data', not for '{metric}'; add --metric data")
+        return
+    if data is None or not data.dataset:
+        kinds = "a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, or an image folder"
+        raise SettingsError(f"the metric 'data' needs a dataset: give --dataset, {kinds}")
+    if data.graph not in GRAPHS:
+        raise SettingsError(f"no graph '{data.graph}'; known: {', '.join(GRAPHS)}")
+    for name in ("samples", "seq_len", "batch_size", "neighbours"):
+        if getattr(data, name) < 1:
+            raise SettingsError(f"{name} is {getattr(data, name)}; give 1 or more")
+    if data.tokens < 0:
+        raise SettingsError(f"tokens is {data.tokens}; give their number, or 0 to have it chosen")
 
 
 def _wanted_layers(text: str, inventory: Inventory) -> set[int] | None:

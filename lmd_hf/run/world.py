@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import psutil
 import torch
 import xxhash
+from torch import Tensor
 
 from lmd_hf.errors import LmdError, SettingsError
 
@@ -71,6 +72,13 @@ class World:
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    def add_up(self, mine: Tensor) -> Tensor:
+        """The sum of every rank's tensor, on every rank; of a CPU tensor, which may be overwritten. All have to call
+        it, with tensors of one shape."""
+        if self.group is not None:
+            torch.distributed.all_reduce(mine, group=self.group)
+        return mine
 
     def together(self, stage: Callable[[], T]) -> T:
         """What a stage returns here. If it raises an `LmdError` on any rank, it does on all of them, so that none waits

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from lmd_hf.records import HeadRef, HeadRows, Inventory, MatrixRef
+from lmd_hf.circuits import HeadRef, HeadRows
+from lmd_hf.records import Inventory, MatrixRef
 from lmd_hf.weights.families import Config, fact, find_heads, stack_words
 
 

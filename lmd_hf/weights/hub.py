@@ -64,7 +64,7 @@ def open_repository(
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
     try:
-        return _open(api, repo_id, revision, subfolder, download)
+        return replace(_open(api, repo_id, revision, subfolder, download), subfolder=subfolder, token=token)
     except GatedRepoError:
         raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
     except RevisionNotFoundError:

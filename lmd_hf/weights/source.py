@@ -89,7 +89,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class FileSource:
     """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
-    `training` finds the (name, path) of the state that a trainer left beside them, and fetches it."""
+    `subfolder` and `token` are what the repository was opened with. `training` finds the (name, path) of the state that
+    a trainer left beside them, and fetches it."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -100,6 +101,8 @@ class FileSource:
     notes: tuple[str, ...] = ()
     connection: Connection | None = None
     updates: tuple[Weight, ...] = ()
+    subfolder: str = ""
+    token: str | bool | None = field(default=None, repr=False)
     training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
 
     def on_disk(self, name: str) -> bool:

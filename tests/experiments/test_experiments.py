@@ -13,6 +13,7 @@ from lmd_hf.experiments import (
     convergence,
     encoding_margin,
     high_dimension,
+    hopfield_similarity,
     semantics,
     swiss_roll,
     training,
@@ -26,6 +27,7 @@ TINY = {
     "activations": activations.Setup(few=10, many=40, held_out=50, width=24, steps=5),
     "high-dimension": high_dimension.Setup(points=100, steps=5),
     "semantics": semantics.Setup(training=200, steps=20),
+    "hopfield-similarity": hopfield_similarity.Setup(stored=20, noise=(0.0, 0.1), hidden=(0, 4)),
     "training": training.Setup(steps=10, first=2),
     "convergence": convergence.Setup(points=200, early=10, long=10),
     "capacity": capacity.Setup(((2, (128, 256)), (3, (32, 64)), (4, (16, 24))), (8, 12), 16, 4096),
@@ -65,20 +67,22 @@ def verdicts(checks):
     return [check.agrees for check in checks]
 
 
-def roll(trained, untrained=5.0, weights=4.0, error=1e-5):
-    ratios = {(layer, metric): trained for layer in swiss_roll.LAYERS for metric in swiss_roll.METRICS}
-    ratios["middle", "identity"] = weights
-    return swiss_roll.Trial(dict.fromkeys(ratios, untrained), ratios, error)
+def roll(trained, untrained=5.0, weights=4.0, other=2.0, error=1e-5):
+    keys = [(layer, metric) for layer in swiss_roll.LAYERS for metric in swiss_roll.METRICS]
+    ratios = {**dict.fromkeys(keys, trained), ("middle", "identity"): weights}
+    others = {"one target": dict.fromkeys(keys, 2.0), "six targets": dict.fromkeys(keys, other)}
+    return swiss_roll.Trial(dict.fromkeys(keys, untrained), ratios, others, error)
 
 
 def test_swiss_roll_follows_its_rules():
-    assert verdicts(swiss_roll.judge([roll(2.59)] * 10)) == [True] * 6
-    assert verdicts(swiss_roll.judge([roll(2.1)] * 9 + [roll(3.0)])) == [True] * 6  # nine of ten are enough
-    found = verdicts(swiss_roll.judge([roll(2.1)] * 8 + [roll(3.0)] * 2))  # eight are not
-    assert found == [False, True, False, True, True, True]
-    assert verdicts(swiss_roll.judge([roll(2.1, untrained=2.1)] * 10)) == [True, False, True, False, True, True]
-    assert verdicts(swiss_roll.judge([roll(2.3, weights=2.2)] * 10)) == [True, True, True, True, False, True]
-    assert verdicts(swiss_roll.judge([roll(2.1)] * 9 + [roll(2.1, error=3e-4)]))[-1] is False
+    judge = swiss_roll.judge  # found, untrained, other targets of each graph; weights alone; learned
+    assert verdicts(judge([roll(2.59)] * 10)) == [True] * 8
+    assert verdicts(judge([roll(2.1)] * 9 + [roll(3.0)])) == [True] * 8  # nine of ten are enough
+    assert verdicts(judge([roll(2.1)] * 8 + [roll(3.0)] * 2)) == [False, True, True] * 2 + [True] * 2  # eight are not
+    assert verdicts(judge([roll(2.1, untrained=2.1)] * 10)) == [True, False, True] * 2 + [True] * 2
+    assert verdicts(judge([roll(2.1, other=3.0)] * 10)) == [True, True, False] * 2 + [True] * 2
+    assert verdicts(judge([roll(2.3, weights=2.2)] * 10)) == [True] * 6 + [False, True]
+    assert verdicts(judge([roll(2.1)] * 9 + [roll(2.1, error=3e-4)])) == [True] * 7 + [False]
 
 
 def activation_trials(order, span_of_x3=19):
@@ -95,11 +99,11 @@ def activation_trials(order, span_of_x3=19):
 
 def test_activations_follow_their_rules():
     assert verdicts(activations.judge(activation_trials((1.0, 2.0, 3.0)))) == [True] * 5
-    assert verdicts(activations.judge(activation_trials((1.0, 3.0, 2.0)))) == [True] + [False] * 4
-    assert verdicts(activations.judge(activation_trials((1.0, 2.0, 3.0), span_of_x3=20))) == [False] + [True] * 4
+    assert verdicts(activations.judge(activation_trials((1.0, 3.0, 2.0)))) == [False] * 4 + [True]
+    assert verdicts(activations.judge(activation_trials((1.0, 2.0, 3.0), span_of_x3=20))) == [True] * 4 + [False]
     mixed = activation_trials((1.0, 2.0, 3.0))
     mixed["x²"] = mixed["x²"][:8] + [replace(mixed["x²"][0], latent=9.0)] * 2
-    assert verdicts(activations.judge(mixed)) == [True, False, True, True, True]
+    assert verdicts(activations.judge(mixed)) == [False, True, True, True, True]
 
 
 def dial_trials(scale=1.0, images=9.0, flat=False, control=3.0):
@@ -138,9 +142,9 @@ def probe_trials(latent=0.9, random=0.5, untrained=0.5, principal=0.8):
 
 def test_semantics_follow_their_rules():
     assert verdicts(semantics.judge(probe_trials())) == [True] * 6
-    assert verdicts(semantics.judge(probe_trials(random=0.95))) == [False] * 3 + [True, True, False]
-    assert verdicts(semantics.judge(probe_trials(untrained=0.9))) == [True] * 3 + [False, True, True]
-    assert verdicts(semantics.judge(probe_trials(principal=0.9))) == [True] * 4 + [False, True]
+    assert verdicts(semantics.judge(probe_trials(random=0.95))) == [False] * 4 + [True] * 2
+    assert verdicts(semantics.judge(probe_trials(untrained=0.9))) == [True] * 4 + [False, True]
+    assert verdicts(semantics.judge(probe_trials(principal=0.9))) == [True] * 5 + [False]
     worse_at_one_count = probe_trials()[0]
     worse_at_one_count.probes["latent, weights alone"] = (0.9, 0.9, 0.4, 0.9, 0.9)
     mixed = [*probe_trials()[:8], worse_at_one_count, worse_at_one_count]
@@ -168,11 +172,31 @@ def test_training_follows_its_rules():
     assert verdicts(training.judge([run_of(distance=(0.9, 0.5, 0.02, 0.0))] * 10)) == [True] * 4 + [False]
 
 
+def found_again(dot=0.2, cosine=0.5, euclidean=0.6, manhattan=0.7):
+    shares = {"dot": dot, "cosine": cosine, "euclidean": euclidean, "manhattan": manhattan}
+    return {damage: {0.0: dict.fromkeys(shares, 1.0), 0.5: shares} for damage in ("noise", "masking")}
+
+
+def test_hopfield_similarity_follows_its_rules():
+    assert verdicts(hopfield_similarity.judge([found_again()] * 10)) == [True] * 4
+    assert verdicts(hopfield_similarity.judge([found_again(euclidean=0.8)] * 10)) == [True, False] * 2
+    assert verdicts(hopfield_similarity.judge([found_again(dot=0.65)] * 10)) == [False, True] * 2
+    assert verdicts(hopfield_similarity.judge([found_again()] * 8 + [found_again(dot=0.9)] * 2)) == [False] * 4
+
+
+def test_undamaged_digits_are_found_by_all_but_the_dot_product():
+    outcome = hopfield_similarity.run((0,))
+    first = outcome.tables["found again under noise"][0]
+    assert [first[s] for s in ("cosine", "euclidean", "manhattan")] == [1, 1, 1]
+    assert first["dot"] < 1
+
+
 def test_checkpoints_double_up_to_nine_tenths_and_the_end():
     assert training.checkpoints(training.Setup()) == (0, 10, 20, 40, 80, 160, 320, 576, 640)
 
 
 @pytest.mark.slow
 def test_swiss_roll_finds_two_dimensions():
-    outcome = swiss_roll.run((0, 1))
-    assert outcome.agrees, outcome.found
+    """The issue's measure and its control, for both graphs; the other targets may disagree, and for knn they do."""
+    found = swiss_roll.run((0, 1)).checks
+    assert all(found[place].agrees for place in (0, 1, 3, 4, 6, 7)), [check.found for check in found]

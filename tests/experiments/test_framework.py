@@ -23,11 +23,19 @@ def test_an_outcome_agrees_only_if_every_check_does(agrees, verdict):
     assert ("| no" in example(*agrees).to_markdown()) is not verdict
 
 
+def test_a_further_control_decides_nothing_but_is_shown():
+    checks = (Check("rule", "number", True), Check("more", "less", False, decides=False))
+    outcome = Outcome("x", "Why?", "So.", checks, (0,), {})
+    assert (outcome.agrees, outcome.expected, outcome.found) == (True, "rule", "number")
+    assert outcome.to_dict()["tables"]["checks"][1]["agrees"] is False
+    assert "| more" in outcome.to_markdown()
+
+
 def test_json_has_the_promised_keys_and_no_others():
     found = json.loads(json.dumps(example(True).to_dict(), allow_nan=False))
     assert list(found) == ["name", "expected", "found", "agrees", "seeds", "tables"]
     assert found["seeds"] == [0, 1, 2]
-    assert found["tables"]["checks"] == [{"expected": "rule 0", "found": "number 0", "agrees": True}]
+    assert found["tables"]["checks"] == [{"expected": "rule 0", "found": "number 0", "agrees": True, "decides": True}]
     assert found["tables"]["ratios"][0]["missing"] is None
 
 
@@ -58,6 +66,9 @@ def test_the_index_lists_what_is_there(tmp_path):
     page = outcome.index_page(tmp_path, ("b", "a", "absent"))
     assert page.index("[b](b/report.md)") < page.index("[a](a/report.md)")
     assert "absent" not in page
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "report.md" in line]
+    assert cells[0] == ["[b](b/report.md)", "rule 0", "number 0", "0 of 1", "no"]
+    assert "[a](x/a/report.md)" in outcome.index_table(tmp_path, ("a",), link="x/")
 
 
 def test_spread_is_mean_and_sample_deviation():

@@ -108,7 +108,7 @@ def test_parquet_is_readable_by_others(report, tmp_path):
     assert len(frame) == len(report.matrices)
     assert frame["stable_rank"].tolist() == [m.stable_rank for m in report.matrices]
     ours = report.to_pandas()
-    assert set(ours.columns) - set(frame.columns) == {"singular_value_ranks"}
+    assert set(ours.columns) - set(frame.columns) == {"singular_value_ranks", "topology_ranks"}
     assert ours["name"].tolist() == frame["name"].tolist()
 
 

@@ -13,9 +13,9 @@ from test_world import TORCHRUN, launch
 from lmd_hf import analyze
 from lmd_hf.errors import SourceError
 from lmd_hf.matrix.capacity import softmax_capacity_log10
-from lmd_hf.records import Results, Settings
-from lmd_hf.run.heads import with_heads
-from lmd_hf.run.plan import make_plan
+from lmd_hf.records import Settings
+from lmd_hf.run.heads import measure_heads
+from lmd_hf.run.plan import make_plan, plan_heads
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 
@@ -176,28 +176,23 @@ def test_a_head_that_holds_nan_is_a_note(save, tmp_path):
 
 def test_what_cannot_be_read_or_formed_is_a_note(save):
     source = open_source(save("llama"))
-    plan = make_plan(list_matrices(source), source.identity, Settings(heads=True))
-    empty = Results((), (), (), {}, {})
+    inventory = list_matrices(source)
+    heads = plan_heads(inventory, Settings(heads=True))
 
     class Broken:
         def read(self, tensor, *span):
             raise SourceError("the file is gone")
 
-    broken = with_heads(empty, plan, Broken())
-    assert broken.heads == ()
+    broken = measure_heads(heads, Broken(), folded=False)
+    assert broken.rows == ()
     assert broken.notes[0] == "heads of 'model.layers.0.self_attn.q_proj.weight' could not be read: the file is gone"
-    meta = models.make("llama").to("meta")
-    report_notes = with_heads(empty, plan_of(meta), open_source(meta)).notes
-    assert report_notes[0].startswith("heads of 'model.layers.0.self_attn.q_proj.weight' left out: no data")
-    inventory = list_matrices(source)
+    meta = open_source(models.make("llama").to("meta"))
+    notes = measure_heads(plan_heads(list_matrices(meta), Settings(heads=True)), meta, folded=False).notes
+    assert notes[0].startswith("heads of 'model.layers.0.self_attn.q_proj.weight' left out: no data")
     inventory = replace(inventory, config={**inventory.config, "head_dim": 16})
-    notes = make_plan(inventory, source.identity, Settings(heads=True)).notes
-    assert "the configuration says 16" in notes[-1]
-
-
-def plan_of(model):
-    source = open_source(model)
-    return make_plan(list_matrices(source), source.identity, Settings(heads=True))
+    assert plan_heads(inventory, Settings(heads=True)) == ()
+    assert "the configuration says 16" in make_plan(inventory, source.identity, Settings(heads=True)).notes[-1]
+    assert make_plan(inventory, source.identity, Settings()).notes == inventory.notes
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import BLOCK, LANCZOS, PROBES, STEPS
-from lmd_hf.records import Settings
+from lmd_hf.records import Data, Settings
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
@@ -54,12 +54,18 @@ def test_selection(stage, settings, expected):
     ("settings", "message"),
     [
         (Settings(roles=("qq",)), "no role 'qq'; known: embed"),
-        (Settings(metric="euclid"), "no metric 'euclid'; known: identity, norm"),
+        (Settings(metric="euclid"), "no metric 'euclid'; known: identity, norm, data"),
         (Settings(kernel="magic"), "no kernel 'magic'; known: auto, exact, sketch"),
         (Settings(tolerance=1.5), "tolerance is 1.5; it is relative"),
         (Settings(layers="a-b"), "cannot read layers 'a-b'"),
         (Settings(layers="7"), "leaves no matrix"),
         (Settings(match="nothing*"), "leaves no matrix"),
+        (Settings(metric="data"), "the metric 'data' needs a dataset: give --dataset, a Hub id"),
+        (Settings(metric="data", data=Data(samples=8)), "needs a dataset"),
+        (Settings(data=Data("x.txt")), "a dataset is for the metric 'data', not for 'identity'"),
+        (Settings(metric="data", data=Data("x.txt", graph="ring")), "no graph 'ring'; known: complete, knn"),
+        (Settings(metric="data", data=Data("x.txt", seq_len=0)), "seq_len is 0; give 1 or more"),
+        (Settings(metric="data", data=Data("x.txt", tokens=-1)), "tokens is -1"),
     ],
 )
 def test_bad_settings_are_named(stage, settings, message):

@@ -1,0 +1,127 @@
+"""The model itself, with its weights, its tokenizer or its image processor: from where its matrices come from.
+
+Through transformers, without remote code, at the commit that the source is pinned to.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from torch import Tensor, nn
+
+from lmd_hf.compat import local_processes
+from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.run.workers import pick_device
+from lmd_hf.weights.adapter import BUILD_ERRORS
+from lmd_hf.weights.lora import is_adapter
+from lmd_hf.weights.source import FileSource, Source
+
+
+Batch = dict[str, Tensor]
+FORWARD_ERRORS = (*BUILD_ERRORS, IndexError)  # what a forward pass raises on inputs that are not its own
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # a file that stands for its folder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What transformers' `from_pretrained` takes: a folder or a Hub id, and `revision`, `subfolder`, `token`. `remedy`
+    is what to do where it fails."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    remedy: str = ""
+
+    def load(self, factory: Callable[..., Any], **more: Any) -> Any:
+        """`factory(name, …)` without remote code. `SourceError` in one line where transformers cannot."""
+        from transformers.utils import logging
+
+        if are_progress_bars_disabled():
+            logging.disable_progress_bar()
+        try:
+            return factory(self.name, **self.options, **more)
+        except BUILD_ERRORS as error:
+            raise SourceError(f"{self.name}: transformers cannot load it ({first_line(error)}){self.remedy}") from None
+
+
+def origin(source: Source) -> Origin:
+    """Where a source can be loaded from as a whole.
+
+    Raises `SourceError` with the remedy for adapters (alone they have no forward pass), models that need code of
+    their own, and weight files without the rest of a model.
+    """
+    identity, config = source.identity, source.config
+    if source.updates or is_adapter(config):
+        remedy = "merge it into its base (peft's merge_and_unload), save that, and analyse the folder"
+        raise SourceError(f"{identity.id}: an adapter cannot be run by itself; {remedy}")
+    if not isinstance(source, FileSource):
+        return Origin(identity.id, remedy="; a live module may run on a dataset with a column 'input_ids' instead")
+    _refuse_code(identity.id, config)
+    if identity.commit is not None:
+        return Origin(identity.id, {"revision": identity.commit, "subfolder": source.subfolder, "token": source.token})
+    place = source.locate(identity.files[0].name)
+    alone = Path(identity.id).is_file() and Path(identity.id).name not in WHOLE
+    if config is None or alone or not isinstance(place, Path):
+        raise SourceError(f"{identity.id}: no whole model to run; give a folder with config.json, or a Hub id")
+    return Origin(str(place.parent))
+
+
+def load_model(source: Source, place: Origin, device: str = "auto") -> nn.Module:
+    """The model with its weights: float32 on a CPU, its own type on a GPU, where accelerate spreads it over what there
+    is (`device` "auto") or it goes to the one named. A live module is itself, as it is."""
+    if source.module is not None:
+        return source.module
+    import transformers
+
+    names = source.identity.architectures
+    kind = getattr(transformers, names[0], None) if names else None
+    factory = (kind or transformers.AutoModel).from_pretrained
+    target = pick_device(device)
+    if target.type == "cpu":
+        return place.load(factory, dtype=torch.float32, trust_remote_code=False)
+    spread = "auto" if device == "auto" and local_processes() == 1 else target
+    return place.load(factory, dtype="auto", device_map=spread, trust_remote_code=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; every part of the module is left in the mode that it was in."""
+    modes = {child: child.training for child in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """One forward pass, the inputs moved to where the model's first parameter is. `SettingsError` in one line where
+    the model does not take them."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    try:
+        return model(**{name: value.to(device) for name, value in batch.items()})
+    except FORWARD_ERRORS as error:
+        told = f"{type(model).__name__} fails on this data ({first_line(error)})"
+        raise SettingsError(f"{told}; shorter texts (--seq-len) or a dataset of its own kind may help") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _refuse_code(identifier: str, config: dict[str, Any] | None) -> None:
+    model_type, code = (config or {}).get("model_type"), (config or {}).get("auto_map")
+    if not code:
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        told = f"{identifier}: running '{model_type}' needs code from its repository, and no remote code is ever run"
+        raise SourceError(f"{told}; its weights alone work in the metrics identity and norm")
