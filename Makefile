@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench reproduce clean
 
 demo: .venv/ready ## the embedded model, end to end, offline
 	$(BIN)/lmd-hf demo
@@ -18,6 +18,9 @@ check: .venv/ready ## the slow tests, format, lint and types
 
 bench: .venv/ready ## times and memory beside peers, in one table
 	$(BIN)/python benchmarks/analyze.py
+
+reproduce: .venv/ready ## the paper's experiments, ten seeds each: half an hour
+	$(BIN)/lmd-hf reproduce --all --quiet --out model_cards/experiments
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -22,6 +22,7 @@ from lmd_hf.report.build import build_report
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
 from lmd_hf.run.compare import compare_all
+from lmd_hf.run.convergence import check_thresholds
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
@@ -155,6 +156,7 @@ def _analyze_one(
 ) -> Report:
     started = time.perf_counter()
     before, thresholds = where.get("before"), where.get("thresholds") or Thresholds()
+    check_thresholds(thresholds)
     where = {name: value for name, value in where.items() if name not in ("before", "thresholds")}
     background = ThreadPoolExecutor(1)
     try:
