@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
+    from lmd_hf.run.lens import read_directions
     from lmd_hf.run.margin import encoding_margin
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ _HOMES = {
     "decompose": "lmd_hf.matrix.lmd",
     "encoding_margin": "lmd_hf.run.margin",
     "plan": "lmd_hf.api",
+    "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
     "LmdError": "lmd_hf.errors",
@@ -42,6 +44,7 @@ __all__ = [
     "decompose",
     "encoding_margin",
     "plan",
+    "read_directions",
     "required_degree",
 ]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from huggingface_hub.utils import tqdm
 
 from lmd_hf.changes import Pair
+from lmd_hf.circuits import Heads
 from lmd_hf.errors import LmdError, SettingsError, SourceError
 from lmd_hf.evidence import Evidence, Thresholds
 from lmd_hf.records import Data, Inventory, MatrixRef, Plan, Settings, Work
@@ -24,10 +25,12 @@ from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
+from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
+from lmd_hf.run.mlps import measure_mlps
 from lmd_hf.run.pairs import match
-from lmd_hf.run.plan import make_plan, plan_heads
+from lmd_hf.run.plan import make_plan, plan_heads, plan_mlps
 from lmd_hf.run.world import World
 from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
@@ -104,8 +107,8 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
     the updates added. The keywords after that are the fields of `Settings`.
 
-    With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected; heads
-    that cannot be formed are notes of the coverage.
+    With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected (with
+    data its k90 and class too), `report.mlps` that of the MLPs; what cannot be formed is in the notes of the coverage.
 
     Whether the training had converged is judged by what there is: the loss curve in a `trainer_state.json` beside the
     weights (or in the last `checkpoint-N` folder there), with `before` an earlier checkpoint of the same training (a
@@ -174,9 +177,7 @@ def _analyze_one(
                 output = Output(journal, factors)
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
             decomposed = time.perf_counter()
-            heads = measure_heads(
-                plan_heads(inventory, settings), source, folded=settings.metric == "norm", world=world
-            )
+            heads = _heads(inventory, source, settings, world)
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -207,6 +208,17 @@ def _compare_with(before: Source, source: Source, settings: Settings, thresholds
         world=world,
         progress=lambda pairs: _progress("comparing", pairs, World()),
     )
+
+
+def _heads(inventory: Inventory, source: Source, settings: Settings, world: World) -> Heads:
+    """The Hopfield reading of heads and MLPs, where it is asked for."""
+    folded = settings.metric == "norm"
+    heads = measure_heads(plan_heads(inventory, settings), source, folded=folded, world=world)
+    mlps, notes = measure_mlps(plan_mlps(inventory, settings), source, folded=folded, world=world)
+    heads = replace(heads, mlps=mlps, notes=(*heads.notes, *notes))
+    if settings.data is None:
+        return heads
+    return with_focus(heads, source, settings.data, device=settings.device, world=world)
 
 
 def analyze_each(

@@ -53,6 +53,8 @@ class HeadReport:
     `error_bound` is relative, for the singular values above 10⁻⁶ of the largest. `conventions` says what was done
     (`scale`, `norm_folded` and which `norm`) and what the weights alone leave out (`biases`, `qk_norm`, `soft_cap`; of
     `rotary` positions they are the zero-offset form).
+    With data, over the `queries` that see n ≥ 32 tokens: the median `k90` of the number k of tokens that carry 90 % of
+    the softmax, `k90_share` of k/n, and the class of that share (Ramsauer et al. 2020).
     """
 
     name: str
@@ -73,12 +75,53 @@ class HeadReport:
     error_bound: float
     conventions: dict[str, Any]
     k90: float | None = None
+    k90_share: float | None = None
+    queries: int | None = None
     hopfield_class: str | None = None
 
 
 @dataclass(frozen=True)
+class MlpRef:
+    """One MLP, or one expert: keys are the rows of `up` (and of a `gate`), values the columns of `down`."""
+
+    up: MatrixRef
+    gate: MatrixRef | None
+    down: MatrixRef
+
+
+@dataclass(frozen=True)
+class MlpReport:
+    """The key–value reading of one MLP (Geva et al. 2021): neuron i writes its value vᵢ (column of down) as far as its
+    key kᵢ (row of up) fits, through the activation, times its gate gᵢ where there is one.
+
+    Norms are medians over the `neurons`, spreads their standard deviation over the mean. `key_value_cosine` is the
+    mean of cos(kᵢ, vᵢ), `gate_value_cosine` that of cos(gᵢ, vᵢ): above 0, neurons write what they find (copying), below
+    0 they take it away; of unrelated directions each is 0 ± `chance` = 1/√(width · neurons). `None` for no number.
+    """
+
+    name: str
+    stack: str
+    layer: int | None
+    block: str
+    part: str
+    neurons: int
+    activation: str | None
+    key_norm: float
+    key_norm_spread: float
+    gate_norm: float | None
+    gate_norm_spread: float | None
+    value_norm: float
+    value_norm_spread: float
+    key_value_cosine: float | None
+    gate_value_cosine: float | None
+    chance: float
+    norm_folded: bool
+
+
+@dataclass(frozen=True)
 class Heads:
-    """The heads of a run, in the order of the model, and why others are missing."""
+    """The heads and the MLPs of a run, in the order of the model, and why others are missing."""
 
     rows: tuple[HeadReport, ...]
     notes: tuple[str, ...]
+    mlps: tuple[MlpReport, ...] = ()

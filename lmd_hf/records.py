@@ -236,11 +236,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan costs on one machine: bytes to fetch from the Hub, seconds of decomposition, bytes of memory."""
+    """What a plan costs on one machine: bytes to fetch from the Hub, seconds of decomposition, bytes of memory. In the
+    metric `data` also how often the model runs over the data, and the bytes of all that is gathered of its inputs."""
 
     fetch_bytes: int
     seconds: float
     memory_bytes: int
+    passes: int | None = None
+    input_bytes: int | None = None
 
 
 @dataclass(frozen=True)

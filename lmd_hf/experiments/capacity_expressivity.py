@@ -90,11 +90,12 @@ def judge(trials: Mapping[str, Sequence[Networks]]) -> tuple[Check, ...]:
         every = [t.ratio for networks in group for t in networks.values()]
         inside = [_is_inside(networks) for networks in group]
         narrow = statistics.stdev(best) / statistics.stdev(every) if len(best) > 1 else math.inf
+        width = f"{narrow:.2f} of all" if len(best) > 1 else "of one seed"
         checks.append(
             Check(
                 f"{name}: the ratio at the lowest error repeats (its deviation over seeds at most {REPEATS} of all "
                 f"networks') and lies between the extremes on at least {SHARE:.0%} of the seeds",
-                f"{spread(best)}, {narrow:.2f} of all; between {counted(inside)}",
+                f"{spread(best)}, {width}; between {counted(inside)}",
                 narrow <= REPEATS and sum(inside) >= SHARE * len(group),
             )
         )

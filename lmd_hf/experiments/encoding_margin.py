@@ -18,7 +18,7 @@ from lmd_hf.experiments.manifolds import embed, sample, standardised
 from lmd_hf.experiments.networks import fit, perceptron
 from lmd_hf.experiments.outcome import Check, Outcome, Row, averaged, counted
 from lmd_hf.experiments.seeding import each, generator
-from lmd_hf.run.margin import encoding_margin
+from lmd_hf.run.margin import Samples, encoding_margin
 
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def run(seeds: Sequence[int], setup: Setup = Setup()) -> Outcome:
     cases: list[Case] = [("swiss roll", a, n) for a in ("ReLU", "GELU") for n in setup.points]
     cases.append(("digits", "ReLU", setup.digits))
     work = [(case, seed) for case in cases for seed in seeds]
-    found = each(lambda item: _trial(*item, setup), work, what=NAME)
+    trained = each(lambda item: _trained(*item, setup), work, what=NAME)
+    found = [_measured(*parts) for parts in trained]  # following a model's graph is no work for threads
     trials = {case: found[place * len(seeds) : (place + 1) * len(seeds)] for place, case in enumerate(cases)}
     tables: dict[str, Sequence[Row]] = {"by case": [_row(case, group) for case, group in trials.items()]}
     figures = {"margins": _figure(trials)}
@@ -115,13 +116,18 @@ def _shrinks(trials: Mapping[Case, Sequence[Trial]], activation: str) -> Check:
     )
 
 
-def _trial(case: Case, seed: int, setup: Setup) -> Trial:
+def _trained(case: Case, seed: int, setup: Setup) -> tuple[nn.Module, Samples, Samples, Samples]:
+    """The network, and its training, held-out and fresh points."""
     data, activation, points = case
     x, y = _roll(seed, points + 2 * setup.tests) if data == "swiss roll" else _digits(seed)
     train, held_out, fresh = ((x[part], y[part]) for part in _parts(points, setup.tests))
     sizes = (x.shape[1], setup.width, setup.width, y.shape[1])
     model = perceptron(sizes, generator(f"{NAME}/{data}/weights", seed), activation=activation)
     fit(model, *train, steps=setup.steps, loss=_squared)
+    return model, train, held_out, fresh
+
+
+def _measured(model: nn.Module, train: Samples, held_out: Samples, fresh: Samples) -> Trial:
     with torch.no_grad():
         error = float(torch.linalg.vector_norm(model(fresh[0]) - fresh[1], dim=1).max())
     return Trial(encoding_margin(model, train, held_out=held_out), error)

@@ -17,14 +17,14 @@ def exact_flops(long: int, short: int) -> float:
 
 
 def krylov_flops(long: int, short: int, steps: int = STEPS) -> float:
-    """Products with W and Wᵀ, two passes of orthogonalisation, QR of the image, and the refined triplets."""
+    """Products with W and Wᵀ, two passes of orthogonalisation, R of the image, and the refined triplets."""
     space = BLOCK * steps
-    return 4.0 * long * short * (space + MOST) + 4 * short * space**2 + 4 * long * space**2
+    return 4.0 * long * short * (space + MOST) + 4 * short * space**2 + 2 * long * space**2
 
 
 def quadrature_flops(long: int, short: int, probes: int = PROBES, steps: int = LANCZOS) -> float:
-    """Products with W and Wᵀ, two passes of orthogonalisation a side, and deflation."""
-    return probes * (4.0 * long * short * steps + 4 * (long + short) * steps**2 + 4 * short * MOST * steps)
+    """Products with W and Wᵀ, two passes of orthogonalisation a side, and of deflation."""
+    return probes * (4.0 * long * short * steps + 4 * (long + short) * steps**2 + 8 * short * MOST * steps)
 
 
 def sketch_flops(long: int, short: int) -> float:
@@ -34,10 +34,18 @@ def sketch_flops(long: int, short: int) -> float:
     return krylov_flops(long, short) + quadrature_flops(long, short)
 
 
+def exact_bytes(short: int) -> int:
+    """Memory of the exact kernel beside W: the Gram matrix, and two more where small values are refined."""
+    return 3 * 8 * short**2
+
+
 def sketch_bytes(long: int, short: int, entry: int) -> int:
-    """Memory beside W: the larger of the Krylov basis with its two images, in float64, and the bases of the probes."""
+    """Memory beside W: the largest of the Krylov basis with its two images and a copy for QR, in float64, of the bases
+    of the probes, and of the exact kernel, which runs where the sketch misses its tolerance: a process that runs out of
+    memory then would lose more than workers that it could have had beside."""
     krylov = 8 * BLOCK * STEPS * (2 * long + 2 * short)
-    return max(krylov, entry * PROBES * (LANCZOS + 1) * (long + short)) + 2 * 8 * MOST * (long + short)
+    probes = entry * PROBES * (LANCZOS + 1) * (long + short)
+    return max(krylov + 2 * 8 * MOST * (long + short), probes + 2 * 8 * MOST * (long + short), exact_bytes(short))
 
 
 def sketch_pays(short: int) -> bool:

@@ -6,13 +6,11 @@ locality-preserving scatter of He & Niyogi 2003.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 
@@ -23,9 +21,10 @@ RANGE = 1e-10  # of the second metric's top eigenvalue: below lies rounding, not
 
 @dataclass(frozen=True)
 class Graph:
-    """A symmetric 0/1 graph on N samples without loops: sparse adjacency (N × N) and how many pieces it falls into."""
+    """A symmetric 0/1 graph on N samples without loops: adjacency (N × N, scipy's `csr_array`), and how many pieces it
+    falls into."""
 
-    adjacency: sparse.csr_array
+    adjacency: Any
     components: int
 
 
@@ -45,6 +44,10 @@ def knn_graph(x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS) -> Graph
 
     Raises `ValueError` for N ≤ k, NaN and infinity.
     """
+    from scipy import sparse  # late, as scikit-learn is: they import for seconds, and weights alone need neither
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
     if not 0 < neighbours < len(x_NI):
         raise ValueError(f"{len(x_NI)} samples have no {neighbours} neighbours each; {neighbours + 1} are needed")
     directed = NearestNeighbors(n_neighbors=neighbours).fit(x_NI.cpu().numpy()).kneighbors_graph()
@@ -78,7 +81,7 @@ def metric_matrix(
 
 def topology_spectrum(y_NO: Float[Tensor, "N O"], of_x: Graph, of_y: Graph) -> Float[Tensor, " R"]:
     """τ: the eigenvalues, descending, of the pencil (YᵀL_X Y/ΣA_X, YᵀL_Y Y/ΣA_Y) on the range of the second (above
-    1e-10 of its top eigenvalue), in float64; R ≤ min(O, N) of them, none for constant outputs.
+    1e-10 of its top eigenvalue), in float64; R ≤ min(O, N) of them, none where outputs and their neighbours are equal.
 
     The squared differences of the outputs over the edges of the input's graph, in units of those over the output's own:
     τ = 1 where the graphs agree, τ > 1 where neighbours of the input are pulled apart. At full rank it is s'² with both
@@ -90,8 +93,8 @@ def topology_spectrum(y_NO: Float[Tensor, "N O"], of_x: Graph, of_y: Graph) -> F
         y_NO = torch.linalg.qr(y_NO.T, mode="r").R.T
     first, second = scatter(y_NO, of_x), scatter(y_NO, of_y)
     values, basis = torch.linalg.eigh(second)
-    kept = values > RANGE * values[-1].clamp_min(0)
-    if values[-1] <= 0:
+    if values[-1] <= RANGE * (y_NO**2).sum() / len(y_NO):  # what is left is rounding
         return values[:0]
+    kept = values > RANGE * values[-1]
     whitened = basis[:, kept] / values[kept].sqrt()
     return torch.linalg.eigvalsh(whitened.T @ first @ whitened).flip(0)

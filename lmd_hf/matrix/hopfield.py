@@ -12,11 +12,15 @@ Both cost O(n d²). All numbers survive rotations of the stream, not gains: fold
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lmd_hf.matrix.kernels import thin
 from lmd_hf.records import Factored
+
+
+CLASSES = ((1 / 2, "I"), (1 / 8, "II"), (1 / 32, "III"), (0.0, "IV"))  # of Ramsauer et al. 2020, by k/n above
+LEAST_TOKENS = 32  # that a query must see to count: below, class IV is empty
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,17 @@ def token_norm(w_DI: Float[Tensor, "D I"]) -> float:
     """‖W‖_F: the rms length of W·x for inputs x of independent entries with mean square 1, which is what a norm
     leaves; with γ folded in, the rms length of a head's queries or keys on a normalised stream."""
     return float(torch.linalg.vector_norm(w_DI.to(torch.float64)))
+
+
+def tokens_in_mass(attention_QN: Float[Tensor, "*Q N"], mass: float = 0.9) -> Int[Tensor, "*Q"]:
+    """k of every query: the smallest number of tokens that carry `mass` of its softmax, which is taken to sum to 1 over
+    the tokens. Up to 1e-6 of the mass may be lacking, what float32 leaves; k₉₀ of the theory by default."""
+    shares = attention_QN.to(torch.float64).sort(dim=-1, descending=True).values
+    carried = (shares / shares.sum(-1, keepdim=True)).cumsum(-1)
+    return (carried < mass - 1e-6).sum(-1) + 1
+
+
+def hopfield_class(share: float) -> str:
+    """The class of Ramsauer et al. 2020, §4, of a head whose median k/n is `share`: I global averaging (> 1/2), II
+    (> 1/8), III (> 1/32), IV one or a few tokens."""
+    return next(name for above, name in CLASSES if share > above or name == "IV")

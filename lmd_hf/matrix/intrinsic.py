@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 
@@ -15,6 +14,7 @@ FEWEST = 20  # distinct samples below which no dimension is told
 NEIGHBOURS = 10  # k of the maximum-likelihood estimator
 DISCARDED = 0.1  # of the largest ratios: Facco et al.'s guard against outliers
 GROUPS = 20  # of the jackknife
+SAME = 1e-5  # float32 activations of one token differ by so much of their spread at most, from batch to batch
 
 
 class Dimension(NamedTuple):
@@ -31,18 +31,28 @@ class Dimension(NamedTuple):
 
 def neighbour_distances(x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS) -> Float[ndarray, "M k"] | None:
     """Euclidean distances, ascending, of every distinct sample to its k nearest others; `None` where fewer than
-    max(20, k + 1) samples are distinct. Raises `ValueError` for NaN and infinity."""
+    max(20, k + 1) samples are distinct. Samples closer than 1e-5 of their root mean square distance from the mean are
+    the same one but for rounding, and count once. Raises `ValueError` for NaN and infinity."""
+    from scipy import sparse  # late: it imports for seconds, and weights alone do not need it
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
     x = np.unique(x_NI.float().cpu().numpy() if x_NI.dtype != torch.float64 else x_NI.cpu().numpy(), axis=0)
-    if len(x) < max(FEWEST, neighbours + 1):
-        return None
-    distances: ndarray = NearestNeighbors(n_neighbors=neighbours).fit(x).kneighbors()[0].astype(np.float64)
-    return distances[distances[:, 0] > 0]  # apart by less than arithmetic tells
+    same = SAME * float(np.sqrt(x.var(axis=0, dtype=np.float64).sum()))
+    while len(x) >= max(FEWEST, neighbours + 1):
+        distances, indices = NearestNeighbors(n_neighbors=neighbours).fit(x).kneighbors()
+        points, places = np.nonzero(distances <= same)
+        if not len(points):
+            return distances.astype(np.float64)
+        pairs = sparse.coo_array((np.ones(len(points)), (points, indices[points, places])), shape=(len(x), len(x)))
+        x = x[np.unique(connected_components(pairs, directed=False)[1], return_index=True)[1]]
+    return None
 
 
 def two_nn(distances_Mk: Float[ndarray, "M k"] | None) -> Dimension | None:
     """TwoNN: P(r₂/r₁ > μ) = μ^−d, so d is the slope through the origin of −ln(1 − F(μ)) over ln μ, without the largest
     tenth. Source: Facco, d'Errico, Rodriguez & Laio 2017 (Sci. Rep. 7:12140). `None` where there is no slope."""
-    if distances_Mk is None or len(distances_Mk) < FEWEST:
+    if distances_Mk is None:
         return None
     return _jackknife(np.log(distances_Mk[:, 1] / distances_Mk[:, 0]), _slope)
 
@@ -50,7 +60,7 @@ def two_nn(distances_Mk: Float[ndarray, "M k"] | None) -> Dimension | None:
 def maximum_likelihood(distances_Mk: Float[ndarray, "M k"] | None) -> Dimension | None:
     """d = 1/mean of ln(T_k/T_j) over all j < k and samples: the likelihood of Levina & Bickel 2004, averaged as MacKay
     & Ghahramani 2005 show it has to be. `None` where all neighbours are equally far."""
-    if distances_Mk is None or len(distances_Mk) < FEWEST:
+    if distances_Mk is None:
         return None
     logs = np.log(distances_Mk[:, -1:] / distances_Mk[:, :-1]).mean(axis=1)
     return _jackknife(logs, lambda values: float(1 / values.mean()) if values.mean() > 0 else None)

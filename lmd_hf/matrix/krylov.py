@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.matrix.cost import BLOCK, MOST, STEPS
+from lmd_hf.matrix.products import orthonormal, orthonormal_rows, product, right_svd, store, thin_svd, times, without
 
 
 UNIT_ROUNDOFF = 2.0**-53
 FAILURE = 1e-6  # probability that `norm_bound` is none: once in a million matrices
-CHUNK_ENTRIES = 2**20  # entries of W in float64 at a time
 SALT = int.from_bytes(b"lmd_hf", "big")
 
 
@@ -47,40 +47,49 @@ def krylov(
     first whose residual is not expected below `tolerance` · σ̂. The first yield comes after `STEPS` products with WᵀW,
     each later one after as many more; the sequence ends when the space is the whole one.
     """
-    short = w_LS.shape[1]
-    x_Sp = orthonormal(normal(short, min(block, short), seed=seed).to(w_LS.device))
-    bases, images, backs = [x_Sp], [], []
-    while x_Sp.shape[1]:
-        images.append(times(w_LS, x_Sp))
-        backs.append(times(w_LS.T, images[-1]))
-        x_Sp = _new_directions(backs[-1], bases)[:, : short - sum(basis.shape[1] for basis in bases)]
-        if len(images) % STEPS == 0 or not x_Sp.shape[1]:
-            space_SK, image_LK, back_SK = torch.cat(bases, 1), torch.cat(images, 1), torch.cat(backs, 1)
-            yield refined(w_LS, _candidates(space_SK, image_LK, back_SK, tolerance)[:, :most])
-        bases.append(x_Sp)
+    long, short = w_LS.shape
+    x_pS = orthonormal(normal(short, min(block, short), seed=seed).to(w_LS.device)).T
+    space_KS, image_KL, back_KS = (x_pS.new_empty(0, size) for size in (short, long, short))
+    done = 0
+    while len(x_pS):
+        more = min(STEPS * block, short - done)
+        space_KS, image_KL, back_KS = (
+            torch.cat([x, x.new_empty(more, x.shape[1])]) for x in (space_KS, image_KL, back_KS)
+        )
+        for _ in range(STEPS):
+            rows = slice(done, done + len(x_pS))
+            store(space_KS[rows], x_pS)
+            store(image_KL[rows], times(w_LS, space_KS[rows].T).T)
+            store(back_KS[rows], times(w_LS.T, image_KL[rows].T).T)
+            done = rows.stop
+            x_pS = _new_directions(back_KS[rows], space_KS[:done])[: short - done]
+            if not len(x_pS):
+                break
+        right_Sr = _candidates(space_KS[:done], image_KL[:done], back_KS[:done], most, tolerance)
+        yield refined(w_LS, right_Sr)
 
 
-def _new_directions(y_Sp: Tensor, bases: list[Tensor]) -> Float[Tensor, "S p"]:
-    """An orthonormal basis of what Y adds to the bases; where it adds nothing, rounding gives directions as good."""
-    y_Sp = y_Sp.clone()
+def _new_directions(y_pS: Tensor, space_KS: Tensor) -> Float[Tensor, "p S"]:
+    """An orthonormal basis of what Y adds to the space; where it adds nothing, rounding gives directions as good."""
     for _ in range(2):
-        for basis in bases:
-            y_Sp -= product(basis, product(basis.T, y_Sp))
-        y_Sp = orthonormal(y_Sp)
-    return y_Sp
+        y_pS = orthonormal_rows(without(y_pS, space_KS))
+    return y_pS
 
 
-def _candidates(basis_SK: Tensor, image_LK: Tensor, back_SK: Tensor, tolerance: float) -> Float[Tensor, "S r"]:
+def _candidates(
+    space_KS: Tensor, image_KL: Tensor, back_KS: Tensor, most: int, tolerance: float
+) -> Float[Tensor, "S r"]:
     """The leading right Ritz vectors up to the first whose residual exceeds `tolerance` · σ̂, but at least one.
 
     With W·Q = image and WᵀW·Q = back, Wᵀu = back·z/σ̂, to the rounding of the products.
     """
-    _, s, zh = thin_svd(image_LK)
-    right_SK = product(basis_SK, zh.T)
+    s_K, zh = right_svd(image_KL.T)
+    s_m, z_mK = s_K[:most, None], zh[:most]
+    right_mS = product(z_mK, space_KS)
     floor = torch.finfo(torch.float64).tiny
-    residuals = torch.linalg.vector_norm(product(back_SK, zh.T) / s.clamp_min(floor) - right_SK * s, dim=0)
-    good = residuals <= tolerance * s
-    return right_SK[:, : max(1, int(good.cumprod(0).sum()))]
+    residuals = torch.linalg.vector_norm(product(z_mK, back_KS) / s_m.clamp_min(floor) - s_m * right_mS, dim=1)
+    good = residuals <= tolerance * s_m[:, 0]
+    return right_mS[: max(1, int(good.cumprod(0).sum()))].T
 
 
 def refined(w_LS: Float[Tensor, "L S"], v_Sr: Float[Tensor, "S r"]) -> Triplets:
@@ -133,52 +142,3 @@ def normal(rows: int, columns: int, *, seed: int) -> Float[Tensor, "rows columns
     """Independent standard normal numbers, float64, on the CPU. The salt keeps them apart from those that somebody's
     own seed 0 made the matrix of: probes that are rows of W would see anything but its spectrum."""
     return torch.from_numpy(np.random.default_rng([SALT, seed]).standard_normal((rows, columns)))
-
-
-def times(w: Tensor, x: Tensor, *, exact: bool = False) -> Float[Tensor, "N p"]:
-    """W·X as float64; the product itself runs in the dtype of W, or in float64 a few rows of W at a time if `exact`."""
-    if exact and w.dtype != torch.float64:
-        return _times_in_chunks(w, x)
-    return product(w, x.to(w.dtype)).to(torch.float64)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A·B in their own dtype, float32 without TF32. On the CPU by numpy, whose BLAS keeps to its share of the cores (a
-    worker thread of torch takes them all, and waits for them where others are at work)."""
-    if a.device.type == "cpu":
-        return torch.from_numpy(a.numpy() @ b.numpy())
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        return a @ b
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-def orthonormal(x_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-    """Q of X = QR, by the library that `product` uses."""
-    return torch.from_numpy(np.linalg.qr(x_NK.numpy())[0]) if x_NK.device.type == "cpu" else torch.linalg.qr(x_NK).Q
-
-
-def thin_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N k"], Float[Tensor, " k"], Float[Tensor, "k K"]]:
-    """U, σ, Vᵀ, by the library that `product` uses."""
-    if x_NK.device.type != "cpu":
-        return torch.linalg.svd(x_NK, full_matrices=False)
-    q, r = np.linalg.qr(x_NK.numpy())
-    u, s, vh = np.linalg.svd(r, full_matrices=False)
-    return torch.from_numpy(q @ u), torch.from_numpy(s), torch.from_numpy(vh)
-
-
-def _times_in_chunks(w: Tensor, x: Tensor) -> Tensor:
-    """W·X in float64. A transposed W is taken by its own columns, which lie together in memory."""
-    turned = w.stride(0) < w.stride(1)
-    stored = w.T if turned else w
-    step = max(1, CHUNK_ENTRIES // max(1, stored.shape[1]))
-    result = x.new_zeros(w.shape[0], x.shape[1])
-    for start in range(0, stored.shape[0], step):
-        rows = slice(start, start + step)
-        chunk = stored[rows].to(torch.float64)
-        if turned:
-            result += product(chunk.T, x[rows])
-        else:
-            result[rows] = product(chunk, x)
-    return result

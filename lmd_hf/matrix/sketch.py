@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lmd_hf.matrix import dimension
 from lmd_hf.matrix.cost import LANCZOS, PROBES, krylov_flops, quadrature_flops, sketch_pays
-from lmd_hf.matrix.krylov import UNIT_ROUNDOFF, Triplets, certificates, krylov, norm_bound, refined, times
+from lmd_hf.matrix.krylov import UNIT_ROUNDOFF, Triplets, certificates, krylov, norm_bound, refined
+from lmd_hf.matrix.products import CHUNK_ENTRIES, times
 from lmd_hf.matrix.quadrature import bidiagonalise, largest, quantiles, rules
 from lmd_hf.matrix.spectrum import Sketch, Spectrum, error_parts, variants
 
@@ -69,14 +70,21 @@ def prepared(w_OI: Float[Tensor, "O I"]) -> tuple[Float[Tensor, "L S"], float, f
         sides = tuple(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (w_OI[0], w_OI[:, 0]))
     w_LS = w_OI if sides[0] >= sides[1] else w_OI.T
     w_LS = w_LS if w_LS.dtype == torch.float64 else w_LS.to(torch.float32)
-    top = float(torch.linalg.vector_norm(w_LS, math.inf))
+    top = max(abs(float(end)) for end in torch.aminmax(w_LS))
     if not math.isfinite(top):
         raise ValueError("the matrix holds NaN or infinity")
     exponent = math.frexp(top)[1]
     scale = 2.0**exponent if abs(exponent) > USUAL_EXPONENT else 1.0
     if scale != 1:
         w_LS = (w_LS.to(torch.float64) / scale).to(w_LS.dtype)
-    return w_LS, scale, float(torch.linalg.vector_norm(w_LS, dtype=torch.float64)) ** 2
+    return w_LS, scale, _energy(w_LS)
+
+
+def _energy(w_LS: Tensor) -> float:
+    """‖W‖_F² in float64, a few rows at a time, which stay in the cache."""
+    stored = w_LS if w_LS.stride(0) >= w_LS.stride(1) else w_LS.T
+    pieces = torch.split(stored, max(1, CHUNK_ENTRIES // stored.shape[1]))
+    return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
 
 
 def _lead(w_LS: Tensor, energy: float, seed: int, tolerance: float) -> Triplets | None:

@@ -31,6 +31,7 @@ def build_report(
         convergence=convergence,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
+        mlps=heads.mlps,
     )
 
 

@@ -10,10 +10,13 @@ from lmd_hf.records import Data, MatrixReport, Settings
 from lmd_hf.report import heads
 from lmd_hf.report.findings import noise_ratio
 from lmd_hf.report.text import (
+    DATA_COLUMNS,
+    DATA_LEGEND,
     ROLE_COLUMNS,
     by_role,
     convergence_lines,
     coverage_line,
+    data_rows,
     matrix_label,
     role_row,
     rounded,
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 EXTREMES = 3
+LATENT = {
+    False: "how many of those directions stand above the matrix's own noise (where none does: how many hold 90 % of "
+    "its energy)",
+    True: "how many of those directions hold 90 % of the outputs' energy over the data",
+}
 DEFAULTS = {field.name: field.default for record in (Settings, Data) for field in dataclasses.fields(record)}
 
 
@@ -35,13 +43,14 @@ def section(report: "Report") -> str:
         f"**Coverage:** {escape(coverage_line(report.coverage))}.",
         "".join(f"- {escape(note)}\n" for note in report.coverage.notes),
         _roles(report),
+        _of_data(report),
         _extremes(report),
         heads.section(report.heads),
         _findings(report),
         _reproduce(report),
-        "**What this does not say.** These numbers come from the weights alone. They do not measure quality, safety or "
-        "accuracy, and a capacity is a theoretical bound under its model's assumptions (random patterns, a polynomial "
-        "energy), not a count of what the model remembers.",
+        f"**What this does not say.** These numbers come from {_evidence(report)}. They do not measure quality, "
+        "safety or accuracy, and a capacity is a theoretical bound under its model's assumptions (random patterns, a "
+        "polynomial energy), not a count of what the model remembers.",
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
@@ -59,9 +68,8 @@ def _reading(report: "Report") -> str:
     return (
         f"Each of {count} weight matrices is read as five factors, `W = U · Odist · S' · Idist · Vᵀ` "
         "([arXiv 2309.05968](https://arxiv.org/abs/2309.05968)): what it listens for (V), how sharply it separates "
-        f"(S', here {spectrum}) and where it writes (U). The latent dimension is how many of those directions stand "
-        "above the matrix's own noise (where none does: how many hold 90 % of its energy), and the effective rank how "
-        "many carry weight at all."
+        f"(S', here {spectrum}) and where it writes (U). The latent dimension is {LATENT[metric == 'data']}, and the "
+        "effective rank how many carry weight at all."
     )
 
 
@@ -70,6 +78,20 @@ def _roles(report: "Report") -> str:
     return tabulate(rows, headers=ROLE_COLUMNS, tablefmt="pipe", disable_numparse=True) + (
         "\n\nMedian over the matrices of a role, with the least and the largest in brackets."
     )
+
+
+def _of_data(report: "Report") -> str:
+    rows = [[escape(cell) for cell in row] for row in data_rows(report.matrices)]
+    return (
+        f"{tabulate(rows, headers=DATA_COLUMNS, tablefmt='pipe', disable_numparse=True)}\n\n{DATA_LEGEND}"
+        if rows
+        else ""
+    )
+
+
+def _evidence(report: "Report") -> str:
+    data = report.settings.get("data")
+    return "the weights alone" if not data else f"the weights and one dataset ({escape(data['dataset'])}) alone"
 
 
 def _extremes(report: "Report") -> str:

@@ -8,6 +8,7 @@ from lmd_hf.records import Finding, MatrixReport
 from lmd_hf.run.convergence import looks_untrained
 
 
+KEPT = 1.0  # dimensions of the input for each that S' keeps at 90 % of the energy
 SLOW_DECAY = 0.9  # of the participation ratio of an i.i.d. matrix of the same shape, k/(1+β)
 
 
@@ -25,14 +26,7 @@ def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) 
             slow_decay,
             slow,
         ),
-        Finding(
-            "high intrinsic dimension",
-            "not measured",
-            "needs activations; weights alone do not tell the dimension of the data",
-            "intrinsic dimension of the input",
-            None,
-            (),
-        ),
+        _high_dimension(matrices),
         Finding(
             "not converged",
             "found" if raw else "not found",
@@ -42,6 +36,23 @@ def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) 
             raw,
         ),
     )
+
+
+def _high_dimension(matrices: tuple[MatrixReport, ...]) -> Finding:
+    """Inputs that fill more dimensions than the layer keeps, by more than two standard errors."""
+    signature, measure = "high intrinsic dimension", "intrinsic dimension of the input"
+    known = [
+        (m, found[0] - 2 * found[1])
+        for m in matrices
+        if m.data is not None and m.latent_dim and (found := m.data.dimensions["input"]["maximum_likelihood"])
+    ]
+    if not known:
+        told = "needs activations; weights alone do not tell the dimension of the data"
+        return Finding(signature, "not measured", told, measure, None, ())
+    high = tuple(label(m) for m, least in known if least > KEPT * (m.latent_dim or 0))
+    text = f"the inputs of {len(high)} of {len(known)} matrices fill more dimensions than the layer keeps"
+    measure += " (maximum likelihood, less two standard errors) / n'"
+    return Finding(signature, "found" if high else "not found", text, measure, KEPT, high)
 
 
 def noise_ratio(matrix: MatrixReport) -> float | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tabulate import tabulate
 
-from lmd_hf.circuits import HeadReport
+from lmd_hf.circuits import HeadReport, MlpReport
 from lmd_hf.report.text import rounded, spread
 
 
@@ -75,6 +75,23 @@ def _line(name: str, heads: Sequence[HeadReport]) -> str:
     counts = f"{auto} auto-associative (both scores ≥ {AUTO_ASSOCIATIVE}), {copying} copying (≥ {COPYING})"
     classes = "".join(f", {sum(h.hopfield_class == c for h in heads)} of class {c}" for c in _classes(heads))
     return f"{name}: {', '.join(parts)}; {counts}{classes}"
+
+
+def mlp_lines(mlps: Sequence[MlpReport]) -> list[str]:
+    """A line of a summary for the MLPs of each stack and block; nothing without any."""
+    places = dict.fromkeys((mlp.stack, mlp.block) for mlp in mlps)
+    lines = []
+    for stack, block in places:
+        group = [mlp for mlp in mlps if (mlp.stack, mlp.block) == (stack, block)]
+        norms = f"values of length {spread([m.value_norm for m in group], rounded(2))}"
+        cosines = [("keys", [m.key_value_cosine for m in group]), ("gates", [m.gate_value_cosine for m in group])]
+        told = [f"{name} and values {spread(found, rounded(3))}" for name, found in cosines if any(found)]
+        chance = max(mlp.chance for mlp in group)
+        cosine = f"; mean cosine of {', of '.join(told)} (unrelated: 0 ± {chance:.1g})" if told else ""
+        name = " ".join(filter(None, (stack, block)))
+        keys = f"keys of length {spread([m.key_norm for m in group], rounded(2))}"
+        lines.append(f"{name}: {len(group)} key–value memories, {keys}, {norms}{cosine}")
+    return lines
 
 
 def _classes(heads: Sequence[HeadReport]) -> list[str]:

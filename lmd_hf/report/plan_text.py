@@ -26,6 +26,8 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "bytes_to_fetch": plan.estimate.fetch_bytes if plan.estimate else None,
         "expected_seconds": float(f"{plan.estimate.seconds:.3g}") if plan.estimate else None,
         "memory_bytes": plan.estimate.memory_bytes if plan.estimate else None,
+        "passes": plan.estimate.passes if plan.estimate else None,
+        "input_bytes": plan.estimate.input_bytes if plan.estimate else None,
         "largest_bytes": max((work.bytes for work in plan.works), default=0),
         "matrices": [
             {
@@ -76,7 +78,11 @@ def plan_to_text(plan: Plan, *, brief: bool = False) -> str:
 def _costs(estimate: Estimate) -> str:
     fetched = f"{estimate.fetch_bytes / 1e6:,.1f} MB" if estimate.fetch_bytes else "nothing"
     seconds = f"{estimate.seconds:,.0f} s" if estimate.seconds >= 1 else "a second or less"
-    return f"to fetch: {fetched}; here about {seconds} and {estimate.memory_bytes / 1e6:,.0f} MB of memory"
+    costs = f"to fetch: {fetched}; here about {seconds} and {estimate.memory_bytes / 1e6:,.0f} MB of memory"
+    if estimate.passes is None or estimate.input_bytes is None:
+        return costs
+    times = "once" if estimate.passes == 1 else f"{estimate.passes} times"
+    return f"{costs}; the model runs {times} over the data, and its inputs take {estimate.input_bytes / 1e6:,.0f} MB"
 
 
 def _stored(ref: MatrixRef) -> str:

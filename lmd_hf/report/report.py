@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmd_hf.circuits import HeadReport
+from lmd_hf.circuits import HeadReport, MlpReport
 from lmd_hf.errors import FormatError
 from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
 from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
@@ -44,6 +44,7 @@ class Report:
     convergence: Convergence
     environment: dict[str, Any]
     timing: dict[str, float]
+    mlps: tuple[MlpReport, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.summary()}\n\n{self.table()}"
@@ -60,7 +61,7 @@ class Report:
         """What was found, in a few plain lines: coverage, key figures by role, findings, convergence, heads."""
         from lmd_hf.report import heads, text
 
-        return "\n".join([text.summary(self), *heads.summary(self.heads)])
+        return "\n".join([text.summary(self), *heads.summary(self.heads), *heads.mlp_lines(self.mlps)])
 
     def table(self, *, limit: int | None = None) -> str:
         """One line a matrix, and one a head; `limit` keeps the first of each and says how many follow."""
@@ -159,6 +160,7 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
         "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
         "heads": tuple(head_from_dict(head) for head in values["heads"]),
         "convergence": _convergence(values["convergence"]),
+        "mlps": tuple(MlpReport(**mlp) for mlp in values.get("mlps", ())),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tabulate import tabulate
 
 from lmd_hf.changes import MatrixChange
@@ -44,6 +45,7 @@ def summary(report: "Report") -> str:
         "",
         tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),
         "",
+        *_of_data(report.matrices),
         *(f"{f.signature}: {f.status} ({f.text})" for f in report.findings),
         *(f"{'  ' if i else 'convergence: '}{t}" for i, t in enumerate(convergence_lines(report.convergence))),
     ]
@@ -70,6 +72,11 @@ def _odd_layers(convergence: Convergence) -> str:
         more = f" and {len(names) - SHOWN_LAYERS} more" if len(names) > SHOWN_LAYERS else ""
         texts.append(f"; {verdict} by themselves: layers {', '.join(names[:SHOWN_LAYERS])}{more}")
     return "".join(texts)
+
+
+def _of_data(matrices: tuple[MatrixReport, ...]) -> list[str]:
+    rows = data_rows(matrices)
+    return [tabulate(rows, headers=DATA_COLUMNS, disable_numparse=True), DATA_LEGEND, ""] if rows else []
 
 
 def coverage_line(coverage: Coverage) -> str:
@@ -99,6 +106,17 @@ def percent(fraction: float) -> str:
     return "100 %" if fraction == 1 else f"{min(fraction * 100, 99.99):.2f} %"
 
 
+DATA_COLUMNS = (
+    *("role", "matrices", "energy in n'", "of plain SVD"),
+    *("input dimension", "latent", "output", "topology τ"),
+)
+DATA_LEGEND = (
+    "Energy in n': of the outputs' mean square, along the n' leading axes of S'; of plain SVD: along as many of W's "
+    "own. Dimension: intrinsic, by maximum likelihood. Topology: median τ, 1 where neighbours stay neighbours. Median "
+    "over the matrices of a role, with the least and the largest in brackets; standard errors and a second estimator "
+    "(TwoNN) stand in report.json."
+)
+ESTIMATOR = "maximum_likelihood"
 ROLE_COLUMNS = ("role", "matrices", "effective rank", "latent dim", "stable rank", "capacity (log10)")
 
 
@@ -120,6 +138,35 @@ def role_row(role: str, matrices: list[MatrixReport]) -> tuple[str, ...]:
         spread([m.stable_rank for m in matrices], rounded(1)),
         spread([m.capacity_log10 for m in matrices], rounded(2)),
     )
+
+
+def data_rows(matrices: Iterable[MatrixReport]) -> list[tuple[str, ...]]:
+    """A row for each role that was measured in the metric of the data."""
+    return [_data_row(role, rows) for role, rows in by_role(m for m in matrices if m.data is not None)]
+
+
+def _data_row(role: str, matrices: list[MatrixReport]) -> tuple[str, ...]:
+    figures = [m.data for m in matrices if m.data is not None]
+    dimensions = [
+        spread([found[0] for each in figures if (found := each.dimensions[place][ESTIMATOR])], rounded(1))
+        for place in ("input", "latent", "output")
+    ]
+    return (
+        role,
+        str(len(matrices)),
+        spread([each.metric_share for each in figures], _share),
+        spread([each.weights_share for each in figures], _share),
+        *dimensions,
+        spread([_median(m.topology_spectrum) for m in matrices], rounded(2)),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _median(values: np.ndarray | None) -> float | None:
+    return None if values is None or len(values) == 0 else float(np.median(values))
 
 
 def spread(values: Iterable[float | None], show: Callable[[float | None], str]) -> str:

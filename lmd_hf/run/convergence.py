@@ -79,7 +79,8 @@ def judge_change(matrices: Sequence[MatrixChange], source: str, thresholds: Thre
     cos² of the principal angles between the top-n' subspaces, on both sides and over all of its axes, is at least 0.99
     (`subspace_cos2`); unstable if one fails; unknown if none of its matrices moved or no subspace can be told apart.
     Matrices whose cut falls between values that rounding alone may swap count for ΔS' only. One unstable layer makes
-    the model unstable.
+    the model unstable. Checkpoints that lie a few steps apart are near each other in any training
+    (`lmd-hf reproduce convergence`): give one from long before.
     """
     limits = {"spectrum_change": thresholds.spectrum_change, "subspace_cos2": thresholds.subspace_cos2}
     layers = tuple(_moved(place, group, thresholds) for place, group in _by_layer(matrices))

@@ -10,6 +10,9 @@ import torch
 from lmd_hf.matrix.cost import exact_flops
 from lmd_hf.matrix.kernels import get_kernel
 from lmd_hf.records import Estimate, Plan, Work
+from lmd_hf.run.activations import input_bytes, passes
+from lmd_hf.run.in_data import memory_limit
+from lmd_hf.run.plan import expected_inputs
 from lmd_hf.run.read_ahead import ROOM, merged, spans
 from lmd_hf.run.workers import pick_device, worker_count, worker_pool
 from lmd_hf.weights.source import FileSource, Source
@@ -34,11 +37,27 @@ def estimate(plan: Plan, source: Source) -> Estimate:
     flops = sum(work.flops for work in works)
     ahead = max(ROOM, max((span.bytes for span in reads), default=0))
     largest = max((work.bytes for work in works), default=0)
+    number, gathered = _forward_passes(plan, device)
+    fetched = sum(span.bytes for span in remote)
+    if plan.settings.data is not None and isinstance(source, FileSource):  # the model is loaded whole
+        fetched = sum(file.bytes for file in source.identity.files if not source.on_disk(file.name))
     return Estimate(
-        fetch_bytes=sum(span.bytes for span in remote),
+        passes=number,
+        input_bytes=gathered,
+        fetch_bytes=fetched,
         seconds=flops / flops_per_second(device, workers, len(works), _usual_side(works)) if works else 0.0,
         memory_bytes=psutil.Process().memory_info().rss + workers * largest + ahead,
     )
+
+
+def _forward_passes(plan: Plan, device: torch.device) -> tuple[int | None, int | None]:
+    """How often the model will run over the data, and the bytes of all inputs' moments and rows."""
+    data = plan.settings.data
+    if data is None:
+        return None, None
+    widths = expected_inputs(work.ref for work in plan.works)
+    groups = passes({str(name): width for name, width in widths.items()}, data.graph, memory_limit(device))
+    return len(groups), sum(input_bytes(width, data.graph) for width in widths.values())
 
 
 def _usual_side(works: list[Work]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmd_hf.compat import local_processes
 from lmd_hf.matrix import dimension
-from lmd_hf.matrix.graph import Graph, knn_graph, scatter, topology_spectrum
+from lmd_hf.matrix.graph import RANGE, Graph, knn_graph, scatter, topology_spectrum
 from lmd_hf.matrix.intrinsic import Dimension, intrinsic_dimensions
 from lmd_hf.matrix.metrics import Metric, dense
 from lmd_hf.matrix.sampled import compact, energy_errors, energy_share, leading_axes
@@ -168,8 +168,8 @@ def _prepare(
     else:
         assert seen.moments is not None, "moments are kept for the complete graph"
         gram = seen.moments - mean[:, None] * mean
-    if gram.diagonal().max() <= 0:
-        return "its input never changes"
+    if gram.trace() <= RANGE * (seen.rows.to(torch.float64) ** 2).sum() / len(seen.rows):
+        return "its input never changes" + (" from a sample to its neighbours" if knn else "")
     gram = gram.to(device)
     rows = seen.rows.to(torch.float64) - mean
     return Seen(samples, dense(gram), gram, rows, seen.examples, graph, dimensions, data)

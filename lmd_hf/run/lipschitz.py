@@ -2,6 +2,7 @@
 
 import math
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ SUMS = (operator.add, operator.iadd, torch.add, operator.sub, torch.sub)
 KEEP = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout)  # in evaluation mode; same numbers, elsewhere
 METHODS = {"relu": 1.0, "tanh": 1.0, "sigmoid": 0.25, "flatten": 1.0, "view": 1.0, "reshape": 1.0}
 UNTRACEABLE = (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError)
+_ONE_AT_A_TIME = threading.Lock()  # torch.fx exchanges the call of every module of the process while it traces
 _ROUNDING = 1 + 1e-10  # of a norm computed in float64
 
 
@@ -57,14 +59,16 @@ def lipschitz_bound(model: nn.Module) -> float:
     sup |f'| (GELU 1.1290, SiLU 1.0999, ReLU 1), a sum of branches adds, scaling multiplies. A convolution counts
     σ₁ of its kernel as a matrix times √(how many windows an entry is in). A bound, and often a loose one: the product
     of norms ignores which directions the layers pass on. Raises `NoBoundError` for attention, normalisation across
-    features, products of branches and whatever else has no constant, or no known one.
+    features, products of branches and whatever else has no constant, or no known one. While torch.fx follows the
+    graph, no other thread of the process may run a model.
     """
     modules = dict(model.named_modules())
     constants = {name: module_bound(module) for name, module in modules.items()}
     if (whole := constants[""]) is not None:
         return whole
     try:
-        graph = _Tracer(constants).trace(model)
+        with _ONE_AT_A_TIME:
+            graph = _Tracer(constants).trace(model)
     except UNTRACEABLE as error:
         raise NoBoundError(
             f"its graph cannot be followed ({str(error).splitlines()[0] if str(error) else error!r})"

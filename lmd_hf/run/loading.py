@@ -99,12 +99,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def forward(model: nn.Module, batch: Batch) -> Any:
-    """One forward pass, the inputs moved to where the model's first parameter is. `SettingsError` in one line where
-    the model does not take them."""
+def forward(model: nn.Module, batch: Batch, **more: Any) -> Any:
+    """One forward pass, the inputs moved to where the model's first parameter is, with `more` keywords as they are.
+    `SettingsError` in one line where the model does not take them."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     try:
-        return model(**{name: value.to(device) for name, value in batch.items()})
+        return model(**{name: value.to(device) for name, value in batch.items()}, **more)
     except FORWARD_ERRORS as error:
         told = f"{type(model).__name__} fails on this data ({first_line(error)})"
         raise SettingsError(f"{told}; shorter texts (--seq-len) or a dataset of its own kind may help") from None

@@ -47,7 +47,8 @@ def encoding_margin(
 
     With the upper L_f, ε bounds the error at every held-out point: a theorem, as L_g has seen those slopes. On the
     domain it is an estimate, for δ and L_g err low: δ covers all but 3/h of its mass at 95 %, h held-out points. With
-    the lower L_f it is no bound. The model is called in evaluation mode, `BATCH` points at once. Raises
+    the lower L_f it is no bound. The model is called in evaluation mode, `BATCH` points at once, and its graph
+    is followed, during which no other thread may run a model. Raises
     `SettingsError` for too few points, NaN, and equal inputs with different targets, which no function has.
     Source: theorem 1 of arXiv 2309.05968 (Heine–Cantor); the quantities are this project's.
     """

@@ -2,18 +2,22 @@
 
 import fnmatch
 import heapq
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
-from lmd_hf.circuits import HeadRef
+from lmd_hf.circuits import HeadRef, MlpRef
 from lmd_hf.errors import SettingsError
-from lmd_hf.matrix.cost import EXACT_SIDE, exact_flops, sketch_bytes, sketch_flops, sketch_pays
+from lmd_hf.matrix.cost import EXACT_SIDE, exact_bytes, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
+from lmd_hf.weights.mlps import list_mlps, mlp_matrices
 
 
 METRICS = ("identity", "norm", "data")
 KERNELS = ("auto", "exact", "sketch")
+SHARED = (("q", "k", "v", "kv"), ("gate", "up"))  # roles that read the same input
+EXPERTS = r"(?<!shared_)experts\."  # one tensor each, and loaded into one parameter
 GRAPHS = ("complete", "knn")
 
 
@@ -48,6 +52,14 @@ def plan_heads(inventory: Inventory, settings: Settings) -> tuple[HeadRef, ...]:
         return ()
     is_chosen = selector(inventory, settings)
     return tuple(head for head in list_heads(inventory)[0] if any(map(is_chosen, head_matrices(head))))
+
+
+def plan_mlps(inventory: Inventory, settings: Settings) -> tuple[MlpRef, ...]:
+    """The MLPs of which a matrix is selected; none where heads are not asked for."""
+    if not settings.heads:
+        return ()
+    is_chosen = selector(inventory, settings)
+    return tuple(mlp for mlp in list_mlps(inventory.selected) if any(map(is_chosen, mlp_matrices(mlp))))
 
 
 def _unformed(inventory: Inventory, chosen: list[MatrixRef]) -> tuple[str, ...]:
@@ -135,16 +147,40 @@ def _work(ref: MatrixRef, settings: Settings) -> Work:
         flops, memory = 2.0 * (short + long) * rank**2, 3 * 8 * (short + long) * rank
         return Work(ref, kernel, flops, memory, settings.tolerance)
     entry = 8 if ref.dtype == "F64" or ref.low_rank is not None else 4
-    folded = settings.metric == "norm" and ref.norm is not None
+    folded = settings.metric == "data" or (settings.metric == "norm" and ref.norm is not None)
     if kernel == "sketch" and sketch_pays(short):
         flops, beside = sketch_flops(long, short), sketch_bytes(long, short, 8 if folded else entry)
     else:
-        flops, beside = exact_flops(long, short), 3 * 8 * short**2
+        flops, beside = exact_flops(long, short), exact_bytes(short)
     packed = 0 if ref.stored == "plain" and ref.low_rank is None else 8 * short * long  # what unpacking needs beside W
     memory = entry * short * long + beside + packed
     if folded:
         flops, memory = 2 * flops, memory + 8 * short * long
+    if settings.metric == "data":  # the metric's own eigenvectors, and those of two Gram matrices
+        flops, memory = (
+            flops + 9.0 * ref.shape[1] ** 3 + 18.0 * short**3,
+            memory + 8 * (3 * ref.shape[1] ** 2 + 3 * short**2),
+        )
     return Work(ref, kernel, flops, memory, settings.tolerance)
+
+
+def expected_inputs(refs: Iterable[MatrixRef]) -> dict[tuple[object, ...], int]:
+    """{input: its width} of the matrices whose input shows while the model runs, as far as headers tell: one for q, k
+    and v of a block, one for gate and up, one for all k and v that read the encoder's output, one for every other
+    matrix, none for embeddings, convolutions and experts."""
+    widths: dict[tuple[object, ...], int] = {}
+    for ref in refs:
+        if ref.role in ("embed", "conv") or ref.expert is not None or re.search(EXPERTS, ref.name):
+            continue
+        shared = next((roles for roles in SHARED if ref.role in roles and ref.part != "b"), None)
+        if ref.block == "cross_attention" and ref.role in ("k", "v"):
+            key: tuple[object, ...] = (ref.stack, "encoded")
+        elif shared is None or ref.layer is None or ref.block == "cross_attention":
+            key = (ref.name,)
+        else:
+            key = (ref.stack, ref.layer, ref.block, shared)
+        widths[(*key, ref.shape[1])] = ref.shape[1]
+    return widths
 
 
 def _kernel(asked: str, short: int) -> str:

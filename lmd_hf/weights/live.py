@@ -126,6 +126,9 @@ def _find(name: str, hooks: dict[str, Any]) -> Offloaded | None:
 
 def _local(value: Tensor, name: str, identifier: str) -> Tensor:
     """The parameter itself; of a DTensor what this process holds, if that is all of it."""
+    if hasattr(value, "ds_id") and value.numel() == 0:  # DeepSpeed's mark, which also stays on gathered parameters
+        remedy = "analyse the checkpoint that `Trainer.save_model` or `zero_to_fp32.py` writes"
+        raise SourceError(f"{identifier}: DeepSpeed ZeRO-3 keeps '{name}' in parts on every process; {remedy}")
     tensors: Any = sys.modules.get("torch.distributed.tensor")  # not imported: then there is no DTensor
     if tensors is None or not isinstance(value, tensors.DTensor):
         return value

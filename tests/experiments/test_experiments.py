@@ -6,7 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lmd_hf.experiments import activations, high_dimension, hopfield_similarity, semantics, swiss_roll, training
+from lmd_hf.experiments import (
+    activations,
+    capacity,
+    capacity_expressivity,
+    convergence,
+    encoding_margin,
+    high_dimension,
+    hopfield_similarity,
+    semantics,
+    swiss_roll,
+    training,
+)
 from lmd_hf.experiments.catalogue import EXPERIMENTS, load
 from lmd_hf.experiments.outcome import outcome_writers
 
@@ -18,6 +29,10 @@ TINY = {
     "semantics": semantics.Setup(training=200, steps=20),
     "hopfield-similarity": hopfield_similarity.Setup(stored=20, noise=(0.0, 0.1), hidden=(0, 4)),
     "training": training.Setup(steps=10, first=2),
+    "convergence": convergence.Setup(points=200, early=10, long=10),
+    "capacity": capacity.Setup(((2, (128, 256)), (3, (32, 64)), (4, (16, 24))), (8, 12), 16, 4096),
+    "capacity-expressivity": capacity_expressivity.Setup(points=40, widths=(16, 32), steps=5),
+    "encoding-margin": encoding_margin.Setup(points=(60, 120), digits=200, tests=40, width=8, steps=5),
 }
 
 

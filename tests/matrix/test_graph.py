@@ -158,6 +158,8 @@ def test_topology_keeps_to_the_range_of_the_outputs():
     flat = x @ w.T @ torch.diag(torch.tensor([1.0, 1, 1, 0, 0], dtype=torch.float64))
     assert len(topology_spectrum(flat, knn_graph(x), knn_graph(flat))) == 3
     assert len(topology_spectrum(torch.zeros(N, O), knn_graph(x), knn_graph(x))) == 0
+    twelve_times = torch.cat([flat[:10] * (1 + 1e-14 * i) for i in range(12)])  # all neighbours equal but for rounding
+    assert len(topology_spectrum(twelve_times, knn_graph(x), knn_graph(twelve_times))) == 0
     wide = samples(30, 12) @ torch.randn(12, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     few = topology_spectrum(wide, knn_graph(samples(30, 12)), knn_graph(wide))
     assert len(few) == 12

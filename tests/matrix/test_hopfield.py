@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lmd_hf.matrix.hopfield import fold, ov_circuit, qk_circuit, read_circuit, token_norm
+from lmd_hf.matrix.hopfield import (
+    fold,
+    hopfield_class,
+    ov_circuit,
+    qk_circuit,
+    read_circuit,
+    token_norm,
+    tokens_in_mass,
+)
 from lmd_hf.records import Factored
 
 
@@ -108,3 +116,21 @@ def test_token_norm_is_the_rms_length_of_what_a_unit_stream_becomes(build):
     w = build(D, N)
     x = torch.randn(N, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert token_norm(w) == pytest.approx((w @ x).square().sum(0).mean().sqrt().item(), rel=0.01)
+
+
+def test_tokens_that_carry_nine_tenths():
+    rows = torch.tensor(
+        [[0.9, 0.1, 0, 0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.05, 0.85, 0.05, 0.05], [0.0, 0, 0, 1]]
+    )
+    assert tokens_in_mass(rows).tolist() == [1, 3, 4, 2, 1]
+    assert tokens_in_mass(torch.full((1, 40), 1 / 40)).tolist() == [36]  # whatever float32 makes of 36/40
+    assert tokens_in_mass(torch.full((1, 40), 1 / 80)).tolist() == [36]  # half of the mass on a sink
+    assert tokens_in_mass(torch.eye(3), mass=0.5).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("share", "name"),
+    [(1.0, "I"), (0.51, "I"), (0.5, "II"), (0.126, "II"), (0.125, "III"), (0.04, "III"), (1 / 32, "IV"), (0.001, "IV")],
+)
+def test_classes_of_ramsauer(share, name):
+    assert hopfield_class(share) == name

@@ -74,7 +74,11 @@ def test_scale_and_rotation_do_not_change_the_dimension():
 def test_duplicates_count_once():
     x = normal(200, 3, 4)
     repeated = torch.cat([x, x[:50], x[:1].expand(30, 3)])
-    assert intrinsic_dimensions(repeated) == intrinsic_dimensions(x[np.unique(x.numpy(), axis=0, return_index=True)[1]])
+    once = intrinsic_dimensions(x)
+    assert intrinsic_dimensions(repeated) == once
+    shaken = repeated + 1e-7 * torch.randn(repeated.shape, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(intrinsic_dimensions(shaken), once, strict=True):  # equal but for rounding
+        assert found.value == pytest.approx(expected.value, rel=1e-3)
 
 
 @pytest.mark.parametrize(

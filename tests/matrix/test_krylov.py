@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmd_hf.matrix.krylov import Triplets, certificates, krylov, norm_bound, refined, times
+from lmd_hf.matrix.krylov import Triplets, certificates, krylov, norm_bound, refined
+from lmd_hf.matrix.products import times
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +107,7 @@ def test_norm_bound_holds_and_says_nothing_after_too_few_steps(build):
 def test_products_keep_to_the_type_of_the_matrix_unless_exact_is_asked(build, monkeypatch):
     w = build(70, 50).float()
     x = build(50, 4, seed=1)
-    monkeypatch.setattr("lmd_hf.matrix.krylov.CHUNK_ENTRIES", 130)
+    monkeypatch.setattr("lmd_hf.matrix.products.CHUNK_ENTRIES", 130)
     reference = w.double() @ x
     torch.testing.assert_close(times(w, x, exact=True), reference, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(times(w.T.contiguous().T, x, exact=True), reference, rtol=1e-14, atol=1e-14)

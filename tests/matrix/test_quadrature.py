@@ -128,3 +128,21 @@ def test_products_in_float64_see_what_float32_rounds_away(build):
     assert largest(bidiagonalise(w.float(), right, probes=4, steps=4, seed=0)) > 2e-9
     precise = bidiagonalise(w.float(), right, probes=4, steps=4, seed=0, precise=True)
     assert (precise.alpha < 1e-7).all()
+
+
+@pytest.mark.parametrize("spectrum", [None, np.linspace(1, 0.001, 300), np.logspace(0, -6, 300)])
+def test_float32_products_move_values_by_less_than_the_intervals_count(build, spectrum):
+    w = build(400, 300, spectrum).float()
+    shares, rounding = np.full((1, 8), 1 / 8), torch.linalg.vector_norm(w).item() * 2.0**-24
+    quick, precise = (
+        quantiles(*rules(bidiagonalise(w, NONE, probes=8, steps=24, seed=0, precise=each)), shares, 300)[0]
+        for each in (False, True)
+    )
+    assert 0 < np.abs(quick - precise).max() < rounding
+    assert dimension.effective_rank(quick) == pytest.approx(dimension.effective_rank(precise), rel=1e-6)
+
+
+def test_an_exhausted_run_in_float32_gives_no_value_above_the_norm(build):
+    """Two distinct values: after two steps all is rounding, and must be orthogonal to what was there before."""
+    w = build(400, 300, np.repeat([1, 0.1], [150, 150])).float()
+    assert largest(bidiagonalise(w, NONE, probes=16, steps=24, seed=0)) == pytest.approx(1, abs=1e-5)

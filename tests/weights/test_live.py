@@ -14,7 +14,7 @@ import transformers as t
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 
-from lmd_hf import analyze
+from lmd_hf import LmdError, analyze
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_matrix
@@ -92,6 +92,15 @@ def test_the_meta_device_without_a_hook_has_no_data():
     report = analyze(module)
     assert not report.matrices
     assert any("meta device" in item.reason for item in report.coverage.skipped)
+
+
+def test_parameters_that_deepspeed_partitioned_are_refused_and_gathered_ones_read():
+    module = nn.Linear(4, 6)
+    module.weight.ds_id = 0  # as deepspeed.zero.Init marks a parameter, for good
+    assert len(analyze(module).matrices) == 1
+    module.weight.data = torch.empty(0)
+    with pytest.raises(LmdError, match=r"ZeRO-3 keeps 'weight' in parts.*zero_to_fp32"):
+        analyze(module)
 
 
 DISTRIBUTED = """
