@@ -199,6 +199,9 @@ def judge(model: Any, inputs: Any, base: list[torch.Tensor], groups: list[list[H
                 yield f"{kind}: not felt", group[0].name
                 continue
             same = change(model, inputs, base, both, [group]) < SAME
+            if not same and (group[0].qk_norm or type(model).__name__.startswith("Doge")):
+                yield f"{kind}: a norm over all heads follows, or values enter the scores", group[0].name
+                continue
             yield f"{kind}: {'agree' if same else 'differ'}", group[0].name
 
 
