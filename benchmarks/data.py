@@ -99,7 +99,7 @@ def stages(folder: Path, data: Data) -> tuple[Counter[str], dict[str, float]]:
     report = analyze(folder, metric="data", data=data)
     print(report.summary(), file=sys.stderr)
     spent["forward passes"] -= spent["moments and rows of inputs"]  # taken in by hooks while the model runs
-    return spent, report.timing
+    return spent.copy(), report.timing  # what runs later is not counted
 
 
 def errors(folder: Path, data: Data, held_out: Data) -> dict[int, list[tuple[float, float, float, float]]]:
