@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench cards clean
+.PHONY: demo test check bench cards reproduce clean
 
 demo: .venv/ready ## the embedded model, end to end, offline
 	$(BIN)/lmd-hf demo
@@ -21,6 +21,9 @@ bench: .venv/ready ## times and memory beside peers, in one table
 
 cards: .venv/ready ## the reports and cards of model_cards/ again
 	$(BIN)/python model_cards/make.py
+
+reproduce: .venv/ready ## the paper's experiments, ten seeds each: half an hour
+	$(BIN)/lmd-hf reproduce --all --quiet --out model_cards/experiments
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

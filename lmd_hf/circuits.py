@@ -24,7 +24,8 @@ class HeadRef:
     """One attention head: W_Q and W_K (the parts of `q` and `k`, one below the other, in the same order), W_V, W_O.
 
     `scale` multiplies the scores. `name` is that of the tensor with its queries. What the model does beside: `biases`
-    (roles that have one), `qk_norm` (norms of queries or keys), `soft_cap` on the scores, `rotary` positions.
+    (roles that have one), `qk_norm` (norms of queries or keys; where Gemma has them, of values too), `soft_cap` on the
+    scores, `rotary` positions.
     """
 
     name: str

@@ -18,6 +18,7 @@ from lmd_hf.records import Inventory, MatrixRef, Plan, Settings
 from lmd_hf.report.build import build_report
 from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
+from lmd_hf.run.convergence import check_thresholds
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start
 from lmd_hf.run.focus import with_focus
@@ -54,6 +55,7 @@ class Request:
 def analyze_one(model: str | Path | nn.Module, request: Request, world: World, factors: Path | None) -> Report:
     """The report of one model, on every rank the same."""
     started, settings = time.perf_counter(), request.settings
+    check_thresholds(request.thresholds)
     background = ThreadPoolExecutor(1)
     try:
         table = background.submit(load_table)  # while the Hub answers

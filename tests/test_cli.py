@@ -292,3 +292,23 @@ def test_ctrl_c_exits_130_at_once_and_writes_nothing(tmp_path):
     assert "interrupted" in err
     assert "Traceback" not in err
     assert list(out.iterdir()) == []
+
+
+def test_data_options_make_the_settings_and_their_errors_are_one_line(capsys, save, tmp_path):
+    code, out, err = call(capsys, "analyze", save("llama"), "--metric", "data")
+    assert (code, out) == (1, "")
+    assert err.startswith("lmd-hf: the metric 'data' needs a dataset: give --dataset, a Hub id")
+    assert err.count("\n") == 1
+    code, _, err = call(capsys, "analyze", save("llama"), "--dataset", "x.txt")
+    assert (code, err.count("\n")) == (1, 1)
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("\n".join(json.dumps({"input_ids": [1 + (i * j) % 59 for j in range(8)]}) for i in range(30)))
+    options = ["--metric", "data", "--dataset", ids, "--seq-len", "8", "--graph", "knn", "--neighbours", "5"]
+    code, out, _ = call(capsys, "analyze", save("llama"), "--json", "-q", *options)
+    assert code == 0
+    told = json.loads(out)["settings"]["data"]
+    assert (told["seq_len"], told["graph"], told["neighbours"], told["samples"]) == (8, "knn", 5, 512)
+    code, out, _ = call(capsys, "plan", save("llama"), "--json", *options)
+    assert code == 0
+    assert json.loads(out)["passes"] == 1
+    assert json.loads(out)["input_bytes"] > 10**6

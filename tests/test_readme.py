@@ -1,5 +1,6 @@
 """The README is true: its code runs, its rows are those of the committed report, its files exist."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from lmd_hf import Report
+from lmd_hf.experiments.catalogue import EXPERIMENTS
+from lmd_hf.experiments.outcome import index_page, index_table
 from lmd_hf.report.text import COLUMNS, matrix_row
 from lmd_hf.weights.source import EMBEDDED_FOLDER, EMBEDDED_ID
 
@@ -49,6 +52,18 @@ def org_model(hub, tmp_path):
 def test_the_rows_are_those_of_the_committed_report():
     pasted = re.search(r"<!-- rows:begin -->\n(.*?)\n<!-- rows:end -->", README, re.DOTALL).group(1)
     assert pasted == readme_rows(Report.load(CARD / "report.json"))
+
+
+def test_the_experiments_are_those_that_were_committed():
+    pasted = re.search(r"<!-- experiments:begin -->\n(.*?)\n<!-- experiments:end -->", README, re.DOTALL).group(1)
+    folder = ROOT / "model_cards" / "experiments"
+    assert pasted == index_table(folder, tuple(EXPERIMENTS), link="model_cards/experiments/")
+    assert (folder / "README.md").read_text() == index_page(folder, tuple(EXPERIMENTS))
+    for name in EXPERIMENTS:
+        outcome = json.loads((folder / name / "outcome.json").read_text())
+        rules = [check["agrees"] for check in outcome["tables"]["checks"] if check["decides"]]
+        assert outcome["agrees"] is all(rules)
+        assert all(path.stat().st_size < 150_000 for path in (folder / name).iterdir())
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda b: b.splitlines()[0])

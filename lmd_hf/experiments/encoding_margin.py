@@ -97,6 +97,7 @@ def judge(trials: Mapping[Case, Sequence[Trial]]) -> tuple[Check, ...]:
             f"ε with the slope that was seen, no bound, is above the error of at least {SHARE:.0%} of the networks",
             f"{counted(lower)}; {tight[0]:.1f} to {tight[-1]:.1f} times the error",
             sum(lower) >= SHARE * len(lower),
+            decides=False,
         ),
         *(_shrinks(trials, activation) for activation in ("ReLU", "GELU")),
     )

@@ -1,5 +1,7 @@
 """Images that scikit-learn ships: handwritten digits and patches of two photographs, 8 × 8 grey values a row."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits, load_sample_images
@@ -7,6 +9,10 @@ from sklearn.feature_extraction.image import extract_patches_2d
 from torch import Tensor
 
 from lmd_hf.compat import unreachable_errors
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 MNIST = "ylecun/mnist"
@@ -44,5 +50,10 @@ def mnist(images: int) -> tuple[Tensor, Tensor] | None:
         rows = load_dataset(MNIST, split=f"train[:{images}]")
     except (HfHubHTTPError, OSError, *unreachable_errors()):
         return None
-    pixels = np.stack([np.asarray(image) for image in rows["image"]]).reshape(len(rows), -1)
-    return torch.from_numpy(pixels / 255.0), torch.tensor(rows["label"])
+    return as_rows(rows)
+
+
+def as_rows(images: "Dataset") -> tuple[Tensor, Tensor]:
+    """A data set of grey images (`image`, `label`) as values 0…1, one image a row, float64, and classes."""
+    pixels = np.stack([np.asarray(image) for image in images["image"]]).reshape(len(images), -1)
+    return torch.from_numpy(pixels / 255.0), torch.tensor(list(images["label"]))

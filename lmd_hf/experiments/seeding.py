@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 
 QUIET_SECONDS = 2  # work shorter than this shows no progress bar
+REFRESH_SECONDS = 0.5
 _BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
 Case = TypeVar("Case")
 Result = TypeVar("Result")
@@ -35,8 +37,21 @@ def each(work: Callable[[Case], Result], cases: Sequence[Case], *, what: str) ->
     try:
         with threadpool_limits(1):
             running = [pool.submit(work, case) for case in cases]
-            bar = tqdm(running, desc=what, delay=QUIET_SECONDS, disable=None, leave=False, bar_format=_BAR)
-            return [task.result() for task in bar]
+            _show(running, what)
+            return [task.result() for task in running]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for nobody
         torch.set_num_threads(threads)
+
+
+def _show(running: Sequence[Future[Result]], what: str) -> None:
+    """A bar that moves while the first of several long tasks is still at work; what a task raises ends it."""
+    started, pending = time.monotonic(), set(running)
+    with tqdm(total=len(running), desc=what, delay=QUIET_SECONDS, disable=None, leave=False, bar_format=_BAR) as bar:
+        while pending:
+            done, pending = wait(pending, timeout=REFRESH_SECONDS, return_when=FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            bar.update(len(done))
+            if time.monotonic() - started > QUIET_SECONDS:
+                bar.refresh()

@@ -1,18 +1,14 @@
-"""Figures of a report or a comparison: spectra by role and layer, heat maps layer × role, the plane of capacity and
-expressivity. No state, no display."""
+"""Figures of a report or a comparison: spectra by role and layer, heat maps layer × role and layer × head. No state,
+no display."""
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lmd_hf.changes import MatrixChange
@@ -20,6 +16,7 @@ from lmd_hf.circuits import HeadReport
 from lmd_hf.records import MatrixReport
 from lmd_hf.report.heads import grids
 from lmd_hf.report.plain import Row
+from lmd_hf.report.plane import COLORMAP, layer_bar, layer_color, plane
 from lmd_hf.report.text import by_role
 
 
@@ -27,10 +24,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
 
-COLORMAP = "viridis"  # even in lightness, and readable without colour vision
 COLUMNS = 4
-TITLE = 40  # characters of a model's name above a narrow figure: of a path, the last
-MARKERS = "osD^v<>PX*phd8"  # one a role, over again after the last
 MEASURES: dict[str, Callable[[MatrixReport], float | None]] = {
     "effective rank / k": lambda m: None if m.effective_rank is None else m.effective_rank / min(m.shape),
     "latent dimension n'": lambda m: m.latent_dim,
@@ -48,8 +42,8 @@ SHOWN = 1e-5  # of the largest change of any matrix: what lies below is left out
 def figures(report: "Report") -> dict[str, Figure]:
     """{name: figure}; without numbered layers there is no heat map, and without a capacity no plane of it."""
     result = {"spectra": spectra(report)}
-    if any(matrix.capacity_log10 is not None and matrix.expressivity is not None for matrix in report.matrices):
-        result["capacity"] = capacity(report)
+    if (capacity := plane(report)) is not None:
+        result["capacity"] = capacity
     if any(matrix.layer is not None for matrix in report.matrices):
         result["heatmap"] = heatmap(report.matrices, MEASURES, report.model.id)
     if any(head.layer is not None for head in report.heads):
@@ -100,34 +94,6 @@ def updates(matrices: tuple[MatrixChange, ...], names: str) -> Figure:
     return figure
 
 
-def capacity(report: "Report") -> Figure:
-    """log₁₀ K against expressivity, one mark a matrix: its shape tells the role, its colour the layer. To the upper
-    right a layer can hold many patterns and spreads its energy over all of its directions."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    last = max((m.layer for m in report.matrices if m.layer is not None), default=0)
-    roles = []
-    for index, (role, group) in enumerate(by_role(report.matrices)):
-        known = [
-            (x, y, _color(m.layer, last))
-            for m in group
-            if (x := m.expressivity) is not None and (y := m.capacity_log10) is not None
-        ]
-        label = f"{role} ({len(known)}{f' of {len(group)}' if len(known) < len(group) else ''})"
-        style: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "label": label}
-        roles.append(Line2D([], [], linestyle="", color="0.3", markersize=5, **style))
-        horizontal, vertical, colors = zip(*known, strict=True) if known else ((), (), ())
-        axes.scatter(horizontal, vertical, c=colors, s=26, linewidths=0, alpha=0.85, **style)
-    axes.set(xlabel="expressivity: entropy of the energies / ln k", ylabel="capacity, log₁₀ K")
-    axes.grid(alpha=0.25)
-    figure.legend(handles=roles, loc="outside right center", fontsize="small", frameon=False)
-    if last > 0:
-        shade = ScalarMappable(Normalize(0, last), COLORMAP)
-        figure.colorbar(shade, ax=axes, label="layer", ticks=MaxNLocator(integer=True))
-    figure.suptitle(f"Capacity and expressivity: {report.model.id[-TITLE:]}", fontsize="medium")
-    return figure
-
-
 Color = Callable[[MatrixReport | MatrixChange], Any]
 Panels = list[tuple[Axes, list[Row], Color]]
 
@@ -143,10 +109,9 @@ def _panels(matrices: tuple[Row, ...]) -> tuple[Figure, Panels[Row]]:
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
         axes.set_title(role, fontsize="medium")
         axes.grid(alpha=0.25)
-        panels.append((axes, group, lambda matrix: _color(matrix.layer, last)))
+        panels.append((axes, group, lambda matrix: layer_color(matrix.layer, last)))
     if last > 0 and groups:
-        shade = ScalarMappable(Normalize(0, max(last, 1)), COLORMAP)
-        figure.colorbar(shade, ax=figure.axes, label="layer", shrink=0.8, ticks=MaxNLocator(integer=True))
+        layer_bar(figure, figure.axes, last, shrink=0.8)
     return figure, panels
 
 
@@ -204,11 +169,6 @@ def head_map(heads: Sequence[HeadReport], title: str) -> Figure:
             figure.colorbar(image, ax=axes)
     figure.suptitle(f"Attention heads: {title}", fontsize="medium")
     return figure
-
-
-def _color(layer: int | None, last: int) -> Any:
-    """A shade from the first layer to the last; grey outside the layers."""
-    return "0.45" if layer is None else matplotlib.colormaps[COLORMAP](layer / max(last, 1))
 
 
 def _spectrum(axes: Axes, matrix: MatrixReport, color: Any) -> None:

@@ -117,7 +117,7 @@ class _Accumulator:
             self.squares = rows.new_zeros(rows.shape[1], rows.shape[1]) if self.moments else None
         self.total += rows.sum(0)
         if self.squares is not None:
-            self.squares.addmm_(rows.T, rows)
+            _add_products(self.squares, rows)
 
     def result(self, world: World) -> Observed:
         """What all ranks have seen together."""
@@ -132,10 +132,20 @@ class _Accumulator:
         moments = None
         if self.moments:
             squares = torch.zeros(width, width).double() if self.squares is None else self.squares.cpu()
-            moments = world.add_up(squares) / count
+            moments = world.add_up(squares.tril() + squares.tril(-1).T) / count
         self.total = self.squares = None
         _, rows, examples = _smallest(parts, self.most)
         return Observed(count, total / count, moments, rows, examples)
+
+
+def _add_products(squares: Tensor, rows: Tensor) -> None:
+    """Add XᵀX to what is in the lower triangle; on a CPU to nothing else, which takes half the time."""
+    if rows.device.type != "cpu":
+        squares.addmm_(rows.T, rows)
+        return
+    from scipy.linalg.blas import dsyrk  # late: weights alone do not need it
+
+    dsyrk(1.0, rows.numpy().T, beta=1.0, c=squares.numpy().T, overwrite_c=1)
 
 
 def _smallest(parts: list[Drawn], most: int) -> Drawn:

@@ -19,7 +19,7 @@ from lmd_hf.run.loading import Batch, Origin, first_line
 from lmd_hf.run.world import World
 
 
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "question", "prompt")  # in order of preference
 TOKENS = "input_ids"  # a column of them needs no tokenizer
 Build = Callable[[Sequence[int]], Batch]

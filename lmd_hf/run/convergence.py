@@ -11,14 +11,23 @@ import numpy as np
 from scipy.special import stdtrit
 
 from lmd_hf.changes import MatrixChange
+from lmd_hf.errors import SettingsError
 from lmd_hf.evidence import STABLE, UNKNOWN, UNSTABLE, Convergence, Evidence, LayerVerdict, Thresholds
 from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import MatrixReport
 
 
 LAST_SHARE, LEAST_POINTS = 0.1, 10  # of a loss curve: its last tenth, but no fewer points
+HUGE = 1e100  # a loss or a step beyond it is no number
 Row = TypeVar("Row", MatrixReport, MatrixChange)
 Place = tuple[str, int | None]  # stack and layer
+
+
+def check_thresholds(thresholds: Thresholds) -> None:
+    """`SettingsError` for a threshold that is no finite number from 0 on."""
+    for name, value in vars(thresholds).items():
+        if not 0 <= value < math.inf:
+            raise SettingsError(f"the threshold {name} is {value}; give a number from 0 on")
 
 
 def judge_loss(history: Sequence[dict[str, Any]], source: str, thresholds: Thresholds) -> Evidence:
@@ -29,7 +38,7 @@ def judge_loss(history: Sequence[dict[str, Any]], source: str, thresholds: Thres
     change's 95 % half-width stands beside it. Fewer points, or a mean of 0, tell nothing. A schedule that takes the
     learning rate to 0 flattens any curve: what is stable then is this training, not every longer one.
     """
-    logged = [entry for entry in history if _is_number(entry.get("step")) and _is_number(entry.get("loss"))]
+    logged = [e for e in history if _is_number(e.get("step")) and abs(e["step"]) < HUGE and _is_number(e.get("loss"))]
     curve = {entry["step"]: float(entry["loss"]) for entry in logged}
     steps = sorted(curve)
     last = steps[-max(LEAST_POINTS, math.ceil(LAST_SHARE * len(steps))) :]
@@ -39,7 +48,7 @@ def judge_loss(history: Sequence[dict[str, Any]], source: str, thresholds: Thres
     def evidence(verdict: str, text: str, **numbers: float | None) -> Evidence:
         return Evidence("loss curve", source, verdict, text, {"points": len(last), **numbers}, limits)
 
-    if not np.isfinite(losses).all():
+    if not (np.abs(losses) < HUGE).all():
         return evidence(UNSTABLE, "the training loss is not finite")
     if len(steps) < LEAST_POINTS:
         return evidence(UNKNOWN, f"{len(steps)} points of the training loss, at least {LEAST_POINTS} are needed")
@@ -59,7 +68,7 @@ def judge_loss(history: Sequence[dict[str, Any]], source: str, thresholds: Thres
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < HUGE)
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The Hopfield reading of every attention head, one attention at a time."""
 
-import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,7 +14,7 @@ from lmd_hf.matrix.capacity import head_capacity_log10
 from lmd_hf.matrix.dimension import participation_ratio
 from lmd_hf.matrix.hopfield import fold, ov_circuit, qk_circuit, read_circuit, token_norm
 from lmd_hf.records import UNREAD, MatrixRef
-from lmd_hf.run.workers import count_workers, worker_pool
+from lmd_hf.run.workers import count_workers, single_torch_threads, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.heads import head_matrices
 from lmd_hf.weights.source import Source
@@ -64,13 +64,15 @@ def measure_heads(heads: tuple[HeadRef, ...], source: Source, *, folded: bool, w
 
 
 def _measured(attentions: list[Attention], source: Source, folded: bool) -> list[list[Outcome]]:
-    sizes = [sum(4 * math.prod(ref.shape) for ref in head_matrices(heads[0])) for heads in attentions]
-    with worker_pool(max(1, count_workers(sizes, torch.device("cpu"))), len(attentions)) as pool:
-        futures = [pool.submit(measure_attention, heads, source, folded=folded) for heads in attentions]
-        return [future.result() for future in futures]
+    """One attention after the other, its heads shared out to the threads."""
+    needed = [sum(3 * 8 * sum(rows.stop - rows.start for rows in (*h.q, *h.k)) * h.o.ref.shape[0] for h in heads[:1])
+              for heads in attentions]  # fmt: skip
+    workers = max(1, count_workers(needed, torch.device("cpu")))
+    with single_torch_threads(), worker_pool(workers, sum(map(len, attentions))) as pool:
+        return [_attention(heads, source, folded, pool) for heads in attentions]
 
 
-def measure_attention(heads: Attention, source: Source, *, folded: bool) -> list[Outcome]:
+def _attention(heads: Attention, source: Source, folded: bool, pool: ThreadPoolExecutor) -> list[Outcome]:
     """The rows of all heads of one attention, or why there are none."""
     try:
         matrices = read_matrices(heads[0], source)
@@ -78,23 +80,33 @@ def measure_attention(heads: Attention, source: Source, *, folded: bool) -> list
         return [f"heads of '{heads[0].name}' {UNREAD}: {error}"]
     except (NoDataError, ValueError) as error:
         return [f"heads of '{heads[0].name}' left out: {error}"]
-    return [_row(head, matrices, folded) for head in heads]
+    return list(pool.map(lambda head: _row(head, matrices, folded), heads))
 
 
 def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
     """Every matrix of an attention, dequantised, and the gains that feed them."""
-    return {
+    matrices = {
         ref: Read(read_matrix(source, ref), None if ref.norm is None else read_gain(source, ref.norm))
         for ref in head_matrices(head)
     }
+    for rows in (*head.q, *head.k):
+        if rows.after is not None:  # every head multiplies with it
+            whole = matrices[rows.after.ref]
+            matrices[rows.after.ref] = Read(whole.matrix.to(torch.float64), whole.gain)
+    return matrices
 
 
 def factors_of(head: HeadRef, matrices: Matrices, *, folded: bool) -> Factors:
     """The thin factors of a head; `folded`: with the gains of the norms that feed them, where there are any."""
-    w_q_DI = torch.cat([_share(rows, matrices, folded) for rows in head.q])
-    w_k_DJ = torch.cat([_share(rows, matrices, folded) for rows in head.k])
+    w_q_DI, w_k_DJ = _asked_and_found(head, matrices, folded)
     w_o_OE = matrices[head.o.ref].matrix[:, head.o.start : head.o.stop].to(torch.float64)
     return Factors(w_q_DI, w_k_DJ, _share(head.v, matrices, folded), w_o_OE)
+
+
+def _asked_and_found(head: HeadRef, matrices: Matrices, folded: bool) -> tuple[Tensor, Tensor]:
+    """W_Q and W_K."""
+    w_q_DI = torch.cat([_share(rows, matrices, folded) for rows in head.q])
+    return w_q_DI, torch.cat([_share(rows, matrices, folded) for rows in head.k])
 
 
 def _share(rows: HeadRows, matrices: Matrices, folded: bool) -> Tensor:
@@ -112,7 +124,7 @@ def _row(head: HeadRef, matrices: Matrices, folded: bool) -> Outcome:
         ov = read_circuit(ov_circuit(used.w_o_OE, used.w_v_EJ), one_stream=one_stream)
     except ValueError as error:
         return f"head {head.head} of '{head.name}' left out: {error}"
-    normed = used if folded else factors_of(head, matrices, folded=True)  # what the keys and queries really are
+    w_q, w_k = (used.w_q_DI, used.w_k_DJ) if folded else _asked_and_found(head, matrices, True)  # as the model has them
     ratio = participation_ratio(qk.values.numpy())
     return HeadReport(
         name=head.name,
@@ -130,7 +142,7 @@ def _row(head: HeadRef, matrices: Matrices, folded: bool) -> Outcome:
         inverse_temperature=float(qk.values[0]),
         copying_score=ov.eigenvalue_score,
         capacity_log10=head_capacity_log10(
-            ratio, scale=head.scale, query_norm=token_norm(normed.w_q_DI), key_norm=token_norm(normed.w_k_DJ)
+            ratio, scale=head.scale, query_norm=token_norm(w_q), key_norm=token_norm(w_k)
         ),
         error_bound=max(qk.error_bound, ov.error_bound),
         conventions=_conventions(head, folded),

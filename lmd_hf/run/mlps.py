@@ -10,7 +10,7 @@ from lmd_hf.circuits import MlpRef, MlpReport
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.hopfield import fold
 from lmd_hf.records import UNREAD, MatrixRef
-from lmd_hf.run.workers import count_workers, worker_pool
+from lmd_hf.run.workers import count_workers, single_torch_threads, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.mlps import mlp_matrices
 from lmd_hf.weights.source import Source
@@ -35,7 +35,7 @@ def measure_mlps(
 
 def _measured(mlps: tuple[MlpRef, ...], source: Source, folded: bool) -> list[Outcome]:
     sizes = [sum(8 * math.prod(ref.shape) for ref in mlp_matrices(mlp)) for mlp in mlps]
-    with worker_pool(max(1, count_workers(sizes, torch.device("cpu"))), len(mlps)) as pool:
+    with single_torch_threads(), worker_pool(max(1, count_workers(sizes, torch.device("cpu"))), len(mlps)) as pool:
         return list(pool.map(lambda mlp: measure_mlp(mlp, source, folded=folded), mlps))
 
 

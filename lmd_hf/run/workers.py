@@ -103,3 +103,15 @@ def worker_pool(workers: int, matrices: int) -> Iterator[ThreadPoolExecutor]:
             limits.restore_original_limits()
         else:  # restoring waits for a BLAS call under way; an interrupt must not
             threading.Thread(target=limits.restore_original_limits, daemon=True).start()
+
+
+@contextmanager
+def single_torch_threads() -> Iterator[None]:
+    """Worker threads that begin in this context run torch's own operations on one thread each: threads of several
+    operations that wait for each other made QR and eigenvalues of thin factors twelve times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,11 +7,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
+from huggingface_hub import (
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
 )
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers
 
 from lmd_hf import __version__
@@ -24,6 +28,7 @@ from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.repository import (
     INDEX,
     STATE,
+    check_state,
     config_file,
     find_state,
     newest_state,
@@ -83,7 +88,10 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     state = newest_state(list(sizes))
 
     def training() -> tuple[str, Path] | None:
-        return None if state is None else (state, _download(fetch, repo_id, state, connection))
+        if state is None:
+            return None
+        check_state(state, sizes[state].size)
+        return state, _download(fetch, repo_id, state, connection)
 
     if not names[0].endswith(".safetensors"):  # the header of a pickle or a GGUF file is not at one place
         paths = [_download(fetch, repo_id, name, connection) for name in names]
@@ -112,13 +120,16 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
 
 
 def _cached_state(api: HfApi, folder: Path, repo_id: str, commit: str, subfolder: str) -> tuple[str, Path] | None:
-    """The trainer's state of a snapshot whose weights are cached: from the cache, or one question to the Hub, whose
-    answer the cache keeps; without a Hub, what the cache has."""
+    """The trainer's state of a snapshot whose weights are cached: from the cache, or by one question to the Hub;
+    without a Hub, what the cache has."""
     if (found := find_state(folder)) is not None or is_offline_mode():
         return found
+    prefix = f"{subfolder}/" if subfolder else ""
     try:
-        return STATE, _fetch(api, repo_id, f"{subfolder}/" if subfolder else "", commit, STATE)
-    except (EntryNotFoundError, *unreachable_errors()):
+        url = hf_hub_url(repo_id, prefix + STATE, revision=commit)
+        check_state(STATE, get_hf_file_metadata(url, token=api.token).size)
+        return STATE, _fetch(api, repo_id, prefix, commit, STATE)
+    except (HfHubHTTPError, *unreachable_errors()):  # no such file, or no answer
         return None
 
 

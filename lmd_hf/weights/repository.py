@@ -15,6 +15,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
 STATE = "trainer_state.json"
+STATE_BYTES = 100e6  # more than a loss curve of a million points
 PARAMS = "params.json"  # which says how wide LLaMA's own files, `consolidated.00.pth` …, are when joined
 INDEX = "model.safetensors.index.json"
 NAMED = 5  # files that a note names before it counts
@@ -140,6 +141,12 @@ def newest_state(names: Iterable[str]) -> str | None:
     """The trainer's state that belongs to the weights: the one beside them, else the last `checkpoint-N` folder's."""
     numbered = {int(found[1]): name for name in names if (found := re.fullmatch(rf"checkpoint-(\d+)/{STATE}", name))}
     return STATE if STATE in names else numbered[max(numbered)] if numbered else None
+
+
+def check_state(name: str, size: int | None) -> None:
+    """`FormatError` for a trainer's state that is too large to be one, before it is fetched or read."""
+    if size is not None and size > STATE_BYTES:
+        raise FormatError(f"{name}: {size / 1e6:.0f} MB, which no loss curve needs")
 
 
 def find_state(folder: Path) -> tuple[str, Path] | None:

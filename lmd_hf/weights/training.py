@@ -4,10 +4,8 @@ import json
 from typing import Any
 
 from lmd_hf.errors import FormatError
+from lmd_hf.weights.repository import check_state
 from lmd_hf.weights.source import FileSource, Source
-
-
-LARGEST = 100e6  # bytes; a loss curve of a million points is smaller
 
 
 def read_history(source: Source) -> tuple[str, list[dict[str, Any]]] | None:
@@ -20,8 +18,7 @@ def read_history(source: Source) -> tuple[str, list[dict[str, Any]]] | None:
     if found is None:
         return None
     name, path = found
-    if path.stat().st_size > LARGEST:
-        raise FormatError(f"{name}: larger than {LARGEST / 1e6:.0f} MB, which no loss curve needs")
+    check_state(name, path.stat().st_size)
     try:
         history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -19,6 +19,7 @@ from lmd_hf.records import Alias, Coverage, Skipped
 from lmd_hf.report import findings, text
 from lmd_hf.report.card import escape
 from lmd_hf.report.files import write_folder
+from lmd_hf.report.plane import points
 
 
 SCHEMA = json.loads(resources.files("lmd_hf.report").joinpath("schema.json").read_text())
@@ -250,6 +251,16 @@ def test_the_plane_has_a_mark_for_every_capacity(report):
 def test_a_report_without_layers_has_no_heatmap(tmp_path):
     save_file({"head.weight": torch.randn(5, 9)}, tmp_path / "model.safetensors")
     assert set(analyze(tmp_path).plot()) == {"spectra", "capacity"}
+
+
+def test_heads_have_their_place_in_the_plane(save):
+    report = analyze(save("llama"), heads=True)
+    group = points(report)["attention heads"]
+    assert [layer for layer, _, _ in group] == [head.layer for head in report.heads]
+    assert all(0 < entropy <= 1 for _, entropy, _ in group)
+    known = sum(head.capacity_log10 is not None for head in report.heads)
+    label = f"attention heads ({known} of {len(group)})" if known < len(group) else f"attention heads ({known})"
+    assert label in [marks.get_label() for marks in report.plot()["capacity"].axes[0].collections]
 
 
 def test_a_report_without_capacities_has_no_plane(tmp_path):

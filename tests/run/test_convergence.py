@@ -9,6 +9,7 @@ import torch
 
 from lmd_hf import Thresholds, analyze
 from lmd_hf.changes import MatrixChange
+from lmd_hf.errors import SettingsError
 from lmd_hf.evidence import Evidence, LayerVerdict
 from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_weights
 
@@ -62,6 +63,7 @@ def test_the_half_width_covers_the_true_change_in_95_of_100_curves():
         ([math.nan] + [1.0] * 20, "stable", "within"),  # long healed
         ([0.0] * 20, "unknown", "0 on average"),
         (np.linspace(1, 1.5, 20), "unstable", "beyond"),
+        ([1e200] * 20, "unstable", "not finite"),
     ],
 )
 def test_curves_at_the_edge(losses, verdict, text):
@@ -75,6 +77,23 @@ def test_other_entries_of_the_history_do_not_matter():
     history = curve([2.0] * 12)
     noise = [{"step": 5, "eval_loss": 9.0}, {"step": 130, "train_loss": 9.0}, {"loss": 9.0}, {"step": 7, "loss": "x"}]
     assert judge_loss(noise[:2] + history[::-1] + noise[2:], "s", NORMAL) == judge_loss(history, "s", NORMAL)
+
+
+def test_numbers_that_are_none_do_no_harm():
+    odd = [
+        {"step": 10**400, "loss": 1.0},
+        {"step": math.nan, "loss": 1.0},
+        {"step": 5, "loss": 10**400},
+        {"step": True},
+    ]
+    found = judge_loss([*odd, *curve([2.0] * 12)], "s", NORMAL)
+    assert found == judge_loss(curve([2.0] * 12), "s", NORMAL)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
+def test_a_threshold_is_a_number_from_zero_on(value):
+    with pytest.raises(SettingsError, match="loss_change"):
+        analyze(torch.nn.Linear(9, 9), thresholds=Thresholds(loss_change=value))
 
 
 def test_a_threshold_turns_the_verdict_and_is_recorded():

@@ -8,6 +8,7 @@ import models
 import pytest
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
@@ -101,6 +102,15 @@ def test_on_the_hub_it_is_fetched_by_itself(hub, files):
     assert "loss curve" not in kinds(analyze("org/weights-only", roles=("q",)))
 
 
+def test_a_state_too_large_for_a_curve_is_not_fetched(hub, files, monkeypatch):
+    monkeypatch.setattr("lmd_hf.weights.repository.STATE_BYTES", 100)
+    hub.add("org/huge-state", {**files, "trainer_state.json": state(None).encode()})
+    report = analyze("org/huge-state", roles=("q",))
+    assert kinds(report)["loss curve"][0] == "unknown"
+    assert "which no loss curve needs" in report.summary()
+    assert not [path for _, path, _ in hub.requests if "trainer_state" in path]
+
+
 def test_in_the_cache_it_is_found_online_and_offline(hub, files, monkeypatch):
     hub.add("org/cached", {**files, "trainer_state.json": state(None).encode()})
     first = analyze("org/cached", download=True)
@@ -114,6 +124,13 @@ def test_in_the_cache_it_is_found_online_and_offline(hub, files, monkeypatch):
     assert asked == [path for path in asked if "cached-bare" not in path]  # the listing had said that there is none
     again = analyze("org/cached-bare")
     assert "loss curve" not in kinds(again)
+
+
+def test_weights_that_were_cached_without_it_find_it_on_the_hub(hub, files):
+    hub.add("org/half-cached", {**files, "trainer_state.json": state(None).encode()})
+    for name in files:
+        hf_hub_download("org/half-cached", name)
+    assert kinds(analyze("org/half-cached", roles=("q",)))["loss curve"] == ("stable", "trainer_state.json")
 
 
 def moved(model, by):

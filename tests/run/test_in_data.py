@@ -196,7 +196,7 @@ def test_a_live_module_is_observed_as_it_is(ids, llama):
 
 
 def test_the_embedded_model_works_with_a_text_file(text):
-    report = analyze(EMBEDDED_ID, metric="data", data=text)
+    report = analyze(EMBEDDED_ID, metric="data", data=text, layers="0-1")
     assert {m.metric for m in report.matrices if m.role != "embed"} == {"data"}
     assert all(0 < m.data.weights_share <= m.data.metric_share for m in report.matrices if m.data)
     assert all(m.data.energy_error < 0.2 for m in report.matrices if m.data)
