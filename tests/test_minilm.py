@@ -1,12 +1,16 @@
 """A real model: all-MiniLM-L6-v2, 22.7 million parameters, fp32."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from lmd_hf import analyze
+from lmd_hf import Report, analyze
+
+
+CARD = Path(__file__).parents[1] / "model_cards" / "sentence-transformers--all-MiniLM-L6-v2"
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +57,13 @@ def test_the_norm_metric_changes_what_a_norm_feeds(report, minilm):
         fed = matrix.role in ("q", "k", "v", "up")
         assert folded[matrix.name].metric == ("norm" if fed else "identity")
         assert (folded[matrix.name].spectral_norm == matrix.spectral_norm) != fed
+
+
+def test_the_committed_card_and_report_are_what_the_model_gives(report):
+    committed = Report.load(CARD / "report.json")
+    assert (CARD / "README.md").read_text() == committed.card()
+    assert committed.coverage == report.coverage
+    for old, new in zip(committed.matrices, report.matrices, strict=True):
+        assert (old.name, old.latent_dim, old.mp_spikes) == (new.name, new.latent_dim, new.mp_spikes)
+        assert old.effective_rank == pytest.approx(new.effective_rank, rel=1e-6)
+    assert len(committed.heads) == 6 * 12
