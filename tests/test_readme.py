@@ -76,6 +76,7 @@ def test_python_blocks_run(block, org_model, capsys):
         assert "change as a whole" in printed
 
 
+@pytest.mark.slow
 def test_shell_blocks_run(org_model, tmp_path):
     for line in "".join(blocks("sh")).splitlines():
         command = line.partition("#")[0].split()

@@ -144,7 +144,7 @@ def test_two_annotators_at_once_leave_one_open_pull_request(hub, model, monkeypa
 @pytest.mark.parametrize(
     "kind", ["info", "whoami", "discussions", "tree", "resolve", "validate", "preupload", "commit"]
 )
-@pytest.mark.parametrize("status", [429, 500])
+@pytest.mark.parametrize("status", [pytest.param(429, marks=pytest.mark.slow), 500])
 def test_a_call_that_fails_once_is_made_again(hub, model, kind, status):
     hub.failing[kind] = [status]
     assert annotate(model, how="pull", token=TOKEN).reason == "pull request #1 opened"
@@ -159,6 +159,7 @@ def test_an_answer_that_was_lost_opens_no_second_pull_request(hub, model):
     assert len(hub.repos[model].pulls) == 1
 
 
+@pytest.mark.slow
 def test_a_hub_that_keeps_failing_is_an_error_with_nothing_written(hub, model):
     hub.failing["commit"] = [500] * 50
     with pytest.raises(SourceError, match="later"):

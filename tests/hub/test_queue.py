@@ -67,6 +67,7 @@ def take_all(path, results):
         results.put(entry.model)
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_queue(tmp_path):
     path, context = tmp_path / "q.sqlite", multiprocessing.get_context("spawn")
     Queue(path).add(f"a/{i}" for i in range(100))

@@ -84,6 +84,7 @@ def test_every_storage_type_tall_and_wide(build, dtype):
     assert dimension.effective_rank(values.numpy()) == pytest.approx(K * 0.98, rel=0.02)
 
 
+@pytest.mark.slow
 def test_intervals_hold_on_ten_seeds(build):
     """Of 10 intervals that hold with 95 % each, 7 or fewer do with a probability of 1 %; certificates always hold."""
     hits, held = count_hits(build(1000, K).float(), range(10))

@@ -137,7 +137,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_spread_over_processes_is_refused_and_what_is_whole_is_read(tmp_path, processes):
     script = tmp_path / "spread.py"
     script.write_text(DISTRIBUTED)
