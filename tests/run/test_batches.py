@@ -145,7 +145,7 @@ def test_a_live_module_runs_on_token_ids_and_keeps_its_modes(save, tmp_path):
     [
         ("a.jsonl", '{"label": 1}\n', "no column of text; its columns are label; name the right one 'text'"),
         ("b.jsonl", '{"a": "x", "b": "y"}\n', r"several columns of text \(a, b\)"),
-        ("empty.txt", "", "empty"),
+        ("empty.txt", "", "the dataset is empty"),
         ("blank.txt", " \n\n  \n", "the dataset is empty"),
         ("broken.json", "{[", "the dataset cannot be read"),
         ("absent.txt", None, "no such file; check the path of --dataset"),
