@@ -80,9 +80,9 @@ def events(count: int) -> None:
     times, left, lock = [], list(range(count)), threading.Lock()
     with (
         tempfile.TemporaryDirectory() as place,
-        webhook.serving(Queue(Path(place) / "q.sqlite"), secret=SECRET) as server,
+        webhook.serving(Queue(Path(place) / "q.sqlite"), secret=SECRET) as (port, _),
     ):
-        url = f"http://127.0.0.1:{server.server_address[1]}{webhook.PATH}"
+        url = f"http://127.0.0.1:{port}{webhook.PATH}"
 
         def client() -> None:
             while True:

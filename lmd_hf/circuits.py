@@ -98,6 +98,8 @@ class MlpReport:
     Norms are medians over the `neurons`, spreads their standard deviation over the mean. `key_value_cosine` is the
     mean of cos(kᵢ, vᵢ), `gate_value_cosine` that of cos(gᵢ, vᵢ): above 0, neurons write what they find (copying), below
     0 they take it away; of unrelated directions each is 0 ± `chance` = 1/√(width · neurons). `None` for no number.
+    `keys` is the (name, part) of the up matrix; from its row in the report are `energy_degree` and `capacity_log10`,
+    `None` where that matrix was not selected.
     """
 
     name: str
@@ -117,6 +119,9 @@ class MlpReport:
     gate_value_cosine: float | None
     chance: float
     norm_folded: bool
+    keys: tuple[str, str]
+    energy_degree: int | None = None
+    capacity_log10: float | None = None
 
 
 @dataclass(frozen=True)

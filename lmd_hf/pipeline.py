@@ -14,13 +14,13 @@ from lmd_hf import __version__
 from lmd_hf.circuits import Heads
 from lmd_hf.errors import LmdError, SettingsError, SourceError
 from lmd_hf.evidence import Evidence, Thresholds
-from lmd_hf.records import Inventory, MatrixRef, Plan, Settings
+from lmd_hf.records import Inventory, MatrixRef, ModelIdentity, Plan, Settings
 from lmd_hf.report.build import build_report
 from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
 from lmd_hf.run.convergence import check_thresholds
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
-from lmd_hf.run.execute import HeadStart, Output, execute, head_start
+from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic
 from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
@@ -89,7 +89,10 @@ def analyze_one(model: str | Path | nn.Module, request: Request, world: World, f
     convergence = judge(source, results.matrices, changes, thresholds=request.thresholds, world=world)
     ended = time.perf_counter()
     timing |= {"evidence": ended - judged, "total": ended - started}
-    report = build_report(hashed, todo, replace(results, timing=timing), heads=heads, convergence=convergence)
+    sources = [source] if earlier is None else [source, earlier]
+    environment = results.environment | traffic(*sources, world=world)  # heads and evidence have fetched too
+    results = replace(results, timing=timing, environment=environment)
+    report = build_report(hashed, todo, results, heads=heads, convergence=convergence)
     if report.unread and not report.matrices:
         raise SourceError(report.unread[0].reason)
     return report
@@ -122,18 +125,27 @@ def analyze_all(
 
 
 def _published(source: Source, request: Request) -> Report | None:
-    """The result that a dataset holds of these very weights, by this version, with these settings; it says so."""
+    """The result that a dataset holds of these very weights, by this version, with these settings; it says so. None
+    where more is asked than a published report can hold: files to write, data on this machine, another verdict."""
     identity, settings = source.identity, request.settings
-    if request.reuse is None or identity.commit is None:
+    more = settings.rank > 0 or settings.data is not None or request.before or request.thresholds != Thresholds()
+    if request.reuse is None or identity.commit is None or more:
         return None
     wanted = {name: value for name, value in plain(settings).items() if name != "device"}
     found = read_results(request.reuse, model=identity.id, commit=identity.commit, token=request.where.get("token"))
     for values in found:
-        had = {name: value for name, value in values["settings"].items() if name != "device"}
-        if values["lmd_hf"] == __version__ and had == wanted:
-            report = Report.from_dict(values)
+        report = Report.from_dict(values)
+        had = {name: value for name, value in report.settings.items() if name != "device"}
+        if report.lmd_hf == __version__ and had == wanted and _same_files(report.model, identity):
             return replace(report, environment={**report.environment, "published": request.reuse})
     return None
+
+
+def _same_files(published: ModelIdentity, here: ModelIdentity) -> bool:
+    """A commit may hold several models, in folders or with an adapter; a hash that nobody knows here tells nothing."""
+    pairs = zip(published.files, here.files, strict=False)
+    alike = all(p.name == h.name and p.bytes == h.bytes and h.sha256 in (None, p.sha256) for p, h in pairs)
+    return alike and len(published.files) == len(here.files)
 
 
 def _earlier(model: str | Path | nn.Module, source: Source, request: Request) -> Source | None:

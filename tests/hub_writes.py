@@ -44,6 +44,7 @@ class Writes:
             ("create", r"/api/repos/create", self._create),
             ("preupload", rf"/api/models/{NAME}/preupload/(.+)", self._preupload),
             ("commit", rf"/api/models/{NAME}/commit/(.+)", self._commit),
+            ("title", rf"/api/models/{NAME}/discussions/(\d+)/title", self._title),
             ("status", rf"/api/models/{NAME}/discussions/(\d+)/status", self._status),
         ):
             if match := re.fullmatch(pattern, path):
@@ -134,6 +135,15 @@ class Writes:
         url = f"{self.hub.url}/{repo_id}"
         told = {"commitUrl": f"{url}/commit/{sha}", "commitOid": sha}
         return self._json({**told, "pullRequestUrl": f"{url}/discussions/{pull.number}"} if is_pull else told)
+
+    def _title(self, repo_id: str, number: str, *, body: bytes, query: object) -> None:
+        if not self._find(repo_id, None):
+            return
+        pull = self.hub.repos[repo_id].pulls[int(number) - 1]
+        before, pull.title = pull.title, json.loads(body)["title"]
+        event = {"id": "0", "type": "title-change", "createdAt": WHEN, "author": {"name": self.user()},
+                 "data": {"from": before, "to": pull.title}}  # fmt: skip
+        self._json({"newTitle": event})
 
     def _status(self, repo_id: str, number: str, *, body: bytes, query: object) -> None:
         if not self._find(repo_id, None):

@@ -4,12 +4,13 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 import torch
 from huggingface_hub.utils import tqdm
-from threadpoolctl import threadpool_limits
+
+from lmd_hf.run.workers import single_torch_threads, worker_pool
 
 
 QUIET_SECONDS = 2  # work shorter than this shows no progress bar
@@ -32,16 +33,11 @@ def generator(name: str, seed: int) -> torch.Generator:
 def each(work: Callable[[Case], Result], cases: Sequence[Case], *, what: str) -> list[Result]:
     """`work` on every case (a seed, or a seed with a condition), several at once with one arithmetic thread each, so
     that the numbers do not depend on the cores; results in the order of `cases`, a bar on stderr after two seconds."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(len(cases), os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        with threadpool_limits(1):
-            running = [pool.submit(work, case) for case in cases]
-            _show(running, what)
-            return [task.result() for task in running]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for nobody
-        torch.set_num_threads(threads)
+    cores = os.cpu_count() or 1
+    with single_torch_threads(), worker_pool(min(len(cases), cores), max(len(cases), cores)) as pool:
+        running = [pool.submit(work, case) for case in cases]
+        _show(running, what)
+        return [task.result() for task in running]
 
 
 def _show(running: Sequence[Future[Result]], what: str) -> None:

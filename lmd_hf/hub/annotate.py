@@ -13,12 +13,11 @@ from lmd_hf import __version__
 from lmd_hf.api import analyze
 from lmd_hf.errors import FormatError, OutputError, SettingsError, SourceError
 from lmd_hf.hub import repository
-from lmd_hf.hub.etiquette import TITLE, Decision, Look, Marks, decide, refusal
+from lmd_hf.hub.etiquette import TITLE, Decision, Look, Marks, decide
 from lmd_hf.hub.metadata import add_tag
 from lmd_hf.hub.section import place
 from lmd_hf.report.files import bytes_writer, write_folder
-from lmd_hf.report.summary import numbers_digest, summary_text, weights_digest
-from lmd_hf.weights.source import open_source
+from lmd_hf.report.summary import numbers_digest, summary_text
 
 
 if TYPE_CHECKING:
@@ -60,17 +59,17 @@ class Outcome:
     draft: Draft | None = None
 
 
-def draft(card: str | None, report: "Report") -> Draft:
-    """The card with the section and the tag, and the files beside it, from a report alone.
+def draft(card: str | None, report: "Report", *, weights: str = "local") -> Draft:
+    """The card with the section and the tag, and the files beside it, from a report alone. `weights` is the digest of
+    the weight files on the Hub.
 
     Metadata that cannot be edited in place stays as it is, and `notes` says so. Raises `FormatError` as `place` does.
     """
     before = card or ""
-    files = report.model.files
     marks = {
         "lmd_hf": report.lmd_hf,
         "commit": report.model.commit or "none",
-        "weights": weights_digest((file.name, file.sha256) for file in files) or "unknown",
+        "weights": weights,
         "numbers": numbers_digest(report),
     }
     tagged, reason = add_tag(before, TAG)
@@ -93,30 +92,28 @@ def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | 
     look = _look(api, model, how)
     if how != "dry" and look.me is None:
         raise SettingsError(f"{model}: writing needs a token with write access; `hf auth login`")
-    if no := refusal(look, force=force):
-        return Outcome(model, "left", no.reason)
-    identity = open_source(model, revision=look.commit, token=token).identity
-    weights = weights_digest((file.name, file.sha256) for file in identity.files)
-    if weights is not None:
-        early = decide(look, {"weights": weights, "lmd_hf": __version__}, force=force)
-        if early.action == "nothing":
-            return Outcome(model, "left", early.reason)
+    early = decide(look, {"weights": look.weights, "lmd_hf": __version__}, force=force)
+    if early.action == "nothing":
+        return Outcome(model, "left", early.reason)
     report = analyze(model, revision=look.commit, heads=True, token=token)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
+    analysed = look.weights
     for attempt in range(ROUNDS):
-        made = draft(look.card, report)
+        if look.weights != analysed:
+            raise SourceError(f"{model}: its weights were replaced meanwhile; run again")
+        made = draft(look.card, report, weights=analysed)
         decision = decide(look, made.marks, force=force)
         if decision.action == "nothing":
             return Outcome(model, "left", decision.reason)
         if how == "dry":
             return Outcome(model, "drafted", decision.reason, draft=made)
         now = _look(api, model, how)  # analysing takes minutes, in which others may have written
-        if now == look and (done := repository.tried(model, partial(_write, api, now, decision, made, how), attempt)):
-            return done
-        look = _look(api, model, how)  # an answer of 500 does not tell whether it was written
-        if look.commit != report.model.commit and _weights_at(look.commit, model, token) != weights:
-            raise SourceError(f"{model}: its weights were replaced meanwhile; run again")
+        if now == look:
+            if done := repository.tried(model, partial(_write, api, now, decision, made, how), attempt):
+                return done
+            now = _look(api, model, how)  # an answer of 500 does not tell whether it was written
+        look = now
     raise SourceError(f"{model}: it keeps changing, or the Hub keeps failing; run again later")
 
 
@@ -143,11 +140,6 @@ def _look(api: HfApi, model: str, how: How) -> Look:
     return replace(look, pulls=()) if how == "push" else look
 
 
-def _weights_at(commit: str, model: str, token: str | bool | None) -> str | None:
-    files = open_source(model, revision=commit, token=token).identity.files
-    return weights_digest((file.name, file.sha256) for file in files)
-
-
 def _write(api: HfApi, look: Look, decision: Decision, made: Draft, how: How) -> Outcome:
     if how == "push":
         info: Any = repository.push(api, look, made.files, commit_message=TITLE if look.marks is None else RENEW)
@@ -165,7 +157,9 @@ def _heatmap(report: "Report") -> bytes | None:
     """The layer × role map as SVG, the same bytes for the same report: text, which a repository keeps without LFS."""
     import matplotlib
 
-    figure = report.plot().get("heatmap")
+    from lmd_hf.report.plots import layer_map
+
+    figure = layer_map(report)
     if figure is None:
         return None
     stream = io.BytesIO()

@@ -13,7 +13,6 @@ from lmd_hf.weights.answers import patiently, told
 
 
 STATES = {"written": "done", "drafted": "done", "left": "left", "failed": "failed"}
-MOST = 1000  # models that a search adds, unless told otherwise
 
 
 def listed(path: Path) -> list[str]:
@@ -27,9 +26,7 @@ def listed(path: Path) -> list[str]:
     return [name for line in lines if (name := line.partition("#")[0].strip())]
 
 
-def searched(
-    *, author: str | None, search: str | None, limit: int = MOST, token: str | bool | None = None
-) -> list[str]:
+def searched(*, author: str | None, search: str | None, limit: int, token: str | bool | None = None) -> list[str]:
     """The models of an author, or that a search finds on the Hub, most downloaded first."""
     api = HfApi(token=token)
 

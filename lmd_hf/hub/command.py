@@ -159,16 +159,23 @@ def webhook_command(options: argparse.Namespace) -> None:
     skip = listed(options.skip_list) if options.skip_list is not None else []
     chosen = {"how": "pull", "skip": skip}
     secret = os.environ.get("WEBHOOK_SECRET", "")
-    with serving(Queue(options.queue), secret=secret, host=options.host, port=options.port, options=chosen) as server:
-        address = f"http://{options.host}:{server.server_address[1]}"
+    queue = Queue(options.queue)
+    asked = threading.Event()
+    with serving(queue, secret=secret, host=options.host, port=options.port, options=chosen) as (port, ended):
+
+        def stop(*_: object) -> None:
+            asked.set()
+            ended.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        address = f"http://{options.host}:{port}"
         told = {"webhook": f"{address}{PATH}", "status": f"{address}/status"}
-        print(
-            json.dumps(told) if options.json else f"webhooks: {told['webhook']}  status: {told['status']}", flush=True
-        )
-        stopped = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-        signal.signal(signal.SIGINT, lambda *_: stopped.set())
-        stopped.wait()
+        line = json.dumps(told) if options.json else f"webhooks: {told['webhook']}  status: {told['status']}"
+        print(line, flush=True)
+        ended.wait()
+    if not asked.is_set():
+        raise SourceError("the worker has stopped, so the server has too; see above, then start it again")
 
 
 def job_command(options: argparse.Namespace) -> None:

@@ -1,14 +1,15 @@
 """Reports as rows of a dataset on the Hub: one configuration for matrices, one for models, one file each a report."""
 
+import hashlib
 import io
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from lmd_hf import __version__
 from lmd_hf.errors import SettingsError
+from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
 from lmd_hf.run.results import MATRICES, MODELS, NESTED, read_results, slug
 from lmd_hf.weights.answers import told
@@ -46,7 +47,7 @@ def push_results(
     """Append a report to a dataset on the Hub, which is made if it is not there; returns the address of the commit, or
     of the pull request.
 
-    `data/models/MODEL/COMMIT-VERSION-SETTINGS.parquet` has one row, `data/matrices/…` one a matrix, so that appending
+    `data/models/MODEL/COMMIT-VERSION-DIGEST.parquet` has one row, `data/matrices/…` one a matrix, so that appending
     never touches what is there and the same report again is the same file. Raises `SettingsError` for a report without
     a commit, which nobody could check, and `SourceError` where the Hub refuses.
     """
@@ -108,11 +109,12 @@ def rows(report: Report) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def file_name(report: Report) -> str:
-    """MODEL/COMMIT-VERSION-SETTINGS.parquet: one for every outcome that may differ."""
-    settings = {name: value for name, value in report.settings.items() if name not in ("device",)}
-    words = [f"{name}={value}" for name, value in sorted(settings.items()) if value not in (None, "", [], False, 0)]
-    told_settings = re.sub(r"[^\w.=-]+", "+", "-".join(words))[:120]
-    return f"{slug(report.model.id)}/{report.model.commit}-{report.lmd_hf}-{told_settings}.parquet"
+    """MODEL/COMMIT-VERSION-DIGEST.parquet, the digest that of the settings and the weight files: one file for every
+    outcome that may differ."""
+    asked = {name: value for name, value in report.settings.items() if name != "device"}
+    told_apart = json.dumps([asked, plain(report.model.files)], sort_keys=True)
+    digest = hashlib.sha256(told_apart.encode()).hexdigest()[:12]
+    return f"{slug(report.model.id)}/{report.model.commit}-{report.lmd_hf}-{digest}.parquet"
 
 
 def _parquet(values: "Sequence[dict[str, Any]]") -> bytes:

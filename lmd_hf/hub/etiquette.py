@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from lmd_hf.hub.metadata import find_block
 
 
 TITLE = "Add a Layer Matrix Decomposition section to the model card"
@@ -29,11 +30,13 @@ class Pull:
 
 @dataclass(frozen=True)
 class Look:
-    """A repository before anything is written: the commit of main, its card (`None` if there is none), what that
-    card's section says, the pull requests that concern us, and who we are (`None` without a token)."""
+    """A repository before anything is written: the commit of main, a digest of its weight files, its card (`None` if
+    there is none), what that card's section says, the pull requests that concern us, and who we are (`None` without a
+    token)."""
 
     repo_id: str
     commit: str
+    weights: str
     card: str | None
     marks: Marks | None
     pulls: tuple[Pull, ...]
@@ -100,14 +103,12 @@ def is_same(there: Marks, here: Marks) -> bool:
 
 def opted_out(card: str) -> bool:
     """Whether the card's metadata says `lmd: false`; in metadata that is not valid YAML, whether a line does."""
-    found = REGEX_YAML_BLOCK.search(card.removeprefix("\ufeff"))
+    found = find_block(card)
     if found is None:
         return False
+    block = card[found.start : found.stop]
     try:
-        metadata = yaml.safe_load(found.group(2))
+        metadata = yaml.safe_load(block)
         return isinstance(metadata, dict) and metadata.get("lmd") is False
     except (yaml.YAMLError, ValueError):
-        return (
-            re.search(r"^lmd:[ \t]*(?:false|no|off)[ \t]*\r?$", found.group(2), re.MULTILINE | re.IGNORECASE)
-            is not None
-        )
+        return re.search(r"^lmd:[ \t]*(?:false|no|off)[ \t]*\r?$", block, re.MULTILINE | re.IGNORECASE) is not None

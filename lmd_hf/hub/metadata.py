@@ -5,6 +5,7 @@ A round trip through an object would rewrite comments, quotes, flow lists and th
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -15,6 +16,26 @@ BOM = "\ufeff"
 _ITEM = re.compile(r"[ \t]*-[ \t]+")  # what stands before an item of a block list, and nothing else on its line
 
 
+@dataclass(frozen=True)
+class Block:
+    """The YAML of a card: `card[start:stop]`; `end` is where the card goes on behind its closing line."""
+
+    start: int
+    stop: int
+    end: int
+    newline: str
+
+
+def find_block(card: str) -> Block | None:
+    """The metadata at the head of a card, as huggingface_hub finds it, after a byte order mark if there is one."""
+    bom = len(BOM) if card.startswith(BOM) else 0
+    found = REGEX_YAML_BLOCK.search(card[bom:])
+    if found is None:
+        return None
+    newline = "\r\n" if "\r\n" in found.group(1) else "\n"
+    return Block(bom + found.start(2), bom + found.end(2), bom + found.end(), newline)
+
+
 def add_tag(card: str, tag: str) -> tuple[str, str | None]:
     """The card with `tag` last among its tags, and `None`; or the card as it is, and the reason.
 
@@ -22,12 +43,12 @@ def add_tag(card: str, tag: str) -> tuple[str, str | None]:
     only if the block, parsed again, holds what it held before and the tag: anchors, duplicate keys and whatever else is
     odd end in a reason, never in other metadata. A card that has the tag comes back as it is, without a reason.
     """
-    bom, text = (BOM, card[1:]) if card.startswith(BOM) else ("", card)
-    found = REGEX_YAML_BLOCK.search(text)
+    found = find_block(card)
     if found is None:
+        bom, text = (BOM, card[1:]) if card.startswith(BOM) else ("", card)
         newline = "\r\n" if "\r\n" in text else "\n"
         return bom + newline.join(("---", "tags:", f"- {tag}", "---", text)), None
-    block = found.group(2)
+    block = card[found.start : found.stop]
     try:
         before = yaml.safe_load(block) or {}
         root = yaml.compose(block, Loader=yaml.SafeLoader)
@@ -41,11 +62,10 @@ def add_tag(card: str, tag: str) -> tuple[str, str | None]:
         return card, "'tags' is neither a list nor a text"
     if tag in listed:
         return card, None
-    newline = "\r\n" if "\r\n" in found.group(1) else "\n"
     wanted = {**before, "tags": [*listed, tag]}
-    for edited in _edits(block, root, tag, newline):
+    for edited in _edits(block, root, tag, found.newline):
         if _loads_as(edited, wanted):
-            return bom + text[: found.start(2)] + edited + text[found.end(2) :], None
+            return card[: found.start] + edited + card[found.stop :], None
     return card, "the metadata is written in a way that cannot be edited in place"
 
 

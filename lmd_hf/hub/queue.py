@@ -15,6 +15,7 @@ from lmd_hf.errors import OutputError
 
 
 ATTEMPTS = 3  # of a model that fails, over all runs
+DEATHS = 20  # attempts after which a model that was under way when a process ended is the likely cause
 PATIENCE = 60.0  # seconds that a writer waits for another
 _TABLE = """
 CREATE TABLE IF NOT EXISTS models (
@@ -57,7 +58,11 @@ class Queue:
         with self._open() as file:
             for (owner,) in file.execute("SELECT DISTINCT owner FROM models WHERE state = 'running'").fetchall():
                 if not _lives(owner):
-                    file.execute("UPDATE models SET state = 'waiting' WHERE state = 'running' AND owner = ?", (owner,))
+                    file.execute(
+                        "UPDATE models SET state = CASE WHEN attempts < ? THEN 'waiting' ELSE 'failed' END, "
+                        "told = 'the process ended in the middle of it' WHERE state = 'running' AND owner = ?",
+                        (DEATHS, owner),
+                    )
             row = file.execute(
                 "UPDATE models SET state = 'running', attempts = attempts + 1, owner = ?, changed = ? WHERE rowid = ("
                 "SELECT rowid FROM models WHERE state = 'waiting' ORDER BY rowid LIMIT 1) "

@@ -1,21 +1,24 @@
 """The only reader and writer of repositories' cards and pull requests, on huggingface_hub's client."""
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.hub import section
 from lmd_hf.hub.etiquette import TITLE, Look, Marks, Pull
 from lmd_hf.weights.answers import is_transient, patiently, told, wait
+from lmd_hf.weights.repository import PICKLES, WEIGHTS
 
 
 CARD = "README.md"
@@ -47,9 +50,17 @@ def look_at(api: HfApi, repo_id: str) -> Look:
             if each.title == TITLE or each.author == me
         ]
         concern = tuple(p for p in pulls if p.marks is not None or p.number in titled)
-        return Look(repo_id, commit, card, _marks(card), concern, me, bool(getattr(info, "disabled", False)))
+        weights = _weights_digest(api.list_repo_tree(repo_id, revision=commit))
+        return Look(repo_id, commit, weights, card, _marks(card), concern, me, bool(getattr(info, "disabled", False)))
 
     return told(repo_id, lambda: patiently(look))
+
+
+def _weights_digest(entries: Iterable[RepoFile | RepoFolder]) -> str:
+    """16 hexadecimal digits of which weight files lie at the top of a repository, by name and hash."""
+    files = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith((*WEIGHTS, *PICKLES))]
+    known = sorted((file.path, file.lfs.sha256 if file.lfs else file.blob_id) for file in files)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def read_card(api: HfApi, repo_id: str, revision: str) -> str | None:
@@ -68,7 +79,8 @@ def read_card(api: HfApi, repo_id: str, revision: str) -> str | None:
 
 def who(api: HfApi) -> str | None:
     """The name behind the token; `None` without one."""
-    return None if api.token is False or not _has_token(api) else str(api.whoami(cache=True)["name"])
+    has_token = isinstance(api.token, str) or (api.token is not False and get_token() is not None)
+    return str(api.whoami(cache=True)["name"]) if has_token else None
 
 
 def open_pull(
@@ -82,9 +94,10 @@ def open_pull(
     now = look_at(api, look.repo_id)
     earlier = [pull.number for pull in now.ours if pull.is_open]
     if earlier and min(earlier) < made.pr_num:
-        api.change_discussion_status(
-            look.repo_id, made.pr_num, "closed", comment=f"Opened twice at the same moment; #{min(earlier)} stays."
-        )
+        number, told_why = made.pr_num, f"Opened twice at the same moment; #{min(earlier)} stays."
+        # under another title: later it must not look as if its maintainers had refused it
+        patiently(lambda: api.rename_discussion(look.repo_id, number, new_title=f"Duplicate of #{min(earlier)}"))
+        patiently(lambda: api.change_discussion_status(look.repo_id, number, "closed", comment=told_why))
     return made
 
 
@@ -151,9 +164,3 @@ def _marks_of_pull(api: HfApi, repo_id: str, number: int, status: str) -> Marks 
         return _marks(read_card(api, repo_id, f"refs/pr/{number}"))
     except (RevisionNotFoundError, FormatError):
         return None
-
-
-def _has_token(api: HfApi) -> bool:
-    from huggingface_hub import get_token
-
-    return isinstance(api.token, str) or get_token() is not None

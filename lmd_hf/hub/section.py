@@ -3,10 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
 from lmd_hf.errors import FormatError
-from lmd_hf.hub.metadata import BOM
+from lmd_hf.hub.metadata import BOM, find_block
 
 
 VERSION = "1"
@@ -94,9 +92,8 @@ def _open_lines(card: str) -> tuple[list[tuple[int, int]], str]:
     "" or its name. CommonMark's rules for fences and for HTML blocks of kinds 1 and 2."""
     lines: list[tuple[int, int]] = []
     name, closing = "", re.compile("")
-    metadata = REGEX_YAML_BLOCK.search(card.removeprefix(BOM))
-    bom = len(BOM) if card.startswith(BOM) else 0
-    for match in _LINE.finditer(card, bom + (metadata.end() if metadata else 0)):
+    metadata = find_block(card)
+    for match in _LINE.finditer(card, metadata.end if metadata else int(card.startswith(BOM))):
         text = match.group()
         if not text:
             continue

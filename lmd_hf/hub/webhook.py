@@ -68,20 +68,24 @@ class Annotator:
     """The queue, the thread that works it off, and what the server needs: `secret` is the one given to the Hub."""
 
     queue: Queue
-    secret: str
+    secret: str = field(repr=False)
     options: dict[str, Any]
     awake: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def work(self) -> None:
-        """Work off what waits, again whenever something was added, until told to stop."""
-        while not self.stopping.is_set():
-            self.awake.clear()
-            for outcome in work_off(self.queue, **self.options):
-                log.info("%s: %s, %s", outcome.model, outcome.status, outcome.reason)
-                if self.stopping.is_set():
-                    return
-            self.awake.wait()
+        """Work off what waits, again whenever something was added, until told to stop. Whatever else ends this stops
+        the whole: a server that takes events and does nothing with them would be worse than none."""
+        try:
+            while not self.stopping.is_set():
+                self.awake.clear()
+                for outcome in work_off(self.queue, **self.options):
+                    log.info("%s: %s, %s", outcome.model, outcome.status, outcome.reason)
+                    if self.stopping.is_set():
+                        return
+                self.awake.wait()
+        finally:
+            self.stopping.set()
 
     def stop(self) -> None:
         """Take no further model; the one under way goes back to the queue if the process ends before it is done."""
@@ -92,9 +96,9 @@ class Annotator:
 @contextmanager
 def serving(
     queue: Queue, *, secret: str, host: str = "127.0.0.1", port: int = 0, options: dict[str, Any] | None = None
-) -> Iterator[ThreadingHTTPServer]:
-    """A server under way, with its worker; `server_address` has the port. Raises `SettingsError` without a secret or
-    where the port is taken."""
+) -> Iterator[tuple[int, threading.Event]]:
+    """A server under way, with its worker: its port, and what is set when the worker has ended. Raises
+    `SettingsError` without a secret or where the port is taken."""
     if not secret:
         raise SettingsError(
             "a webhook without a secret takes orders from anybody; set WEBHOOK_SECRET, here and on the Hub"
@@ -108,7 +112,7 @@ def serving(
     for thread in threads:
         thread.start()
     try:
-        yield server
+        yield server.server_address[1], annotator.stopping
     finally:
         annotator.stop()
         server.shutdown()

@@ -4,9 +4,9 @@ import dataclasses
 import math
 
 from lmd_hf import __version__
-from lmd_hf.circuits import Heads
+from lmd_hf.circuits import Heads, MlpReport
 from lmd_hf.evidence import Convergence
-from lmd_hf.records import Coverage, ModelIdentity, Plan, Results
+from lmd_hf.records import Coverage, MatrixReport, ModelIdentity, Plan, Results
 from lmd_hf.report.findings import find
 from lmd_hf.report.report import SCHEMA, Report
 from lmd_hf.weights.inventory import pieces
@@ -31,7 +31,18 @@ def build_report(
         convergence=convergence,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},
-        mlps=heads.mlps,
+        mlps=_with_capacity(heads.mlps, results.matrices),
+    )
+
+
+def _with_capacity(mlps: tuple[MlpReport, ...], matrices: tuple[MatrixReport, ...]) -> tuple[MlpReport, ...]:
+    """An MLP stores by its keys: degree and capacity are those of its up matrix."""
+    rows = {(matrix.name, matrix.part): matrix for matrix in matrices}
+    return tuple(
+        dataclasses.replace(mlp, energy_degree=keys.energy_degree, capacity_log10=keys.capacity_log10)
+        if (keys := rows.get(mlp.keys)) is not None
+        else mlp
+        for mlp in mlps
     )
 
 

@@ -90,7 +90,8 @@ def mlp_lines(mlps: Sequence[MlpReport]) -> list[str]:
         cosine = f"; mean cosine of {', of '.join(told)} (unrelated: 0 ± {chance:.1g})" if told else ""
         name = " ".join(filter(None, (stack, block)))
         keys = f"keys of length {spread([m.key_norm for m in group], rounded(2))}"
-        lines.append(f"{name}: {len(group)} key–value memories, {keys}, {norms}{cosine}")
+        capacity = f"capacity (log10) {spread([m.capacity_log10 for m in group], rounded(2))}"
+        lines.append(f"{name}: {len(group)} key–value memories, {keys}, {norms}{cosine}; {capacity}")
     return lines
 
 

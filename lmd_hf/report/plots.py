@@ -44,11 +44,18 @@ def figures(report: "Report") -> dict[str, Figure]:
     result = {"spectra": spectra(report)}
     if (capacity := plane(report)) is not None:
         result["capacity"] = capacity
-    if any(matrix.layer is not None for matrix in report.matrices):
-        result["heatmap"] = heatmap(report.matrices, MEASURES, report.model.id)
+    if (layers := layer_map(report)) is not None:
+        result["heatmap"] = layers
     if any(head.layer is not None for head in report.heads):
         result["heads"] = head_map(report.heads, report.model.id)
     return result
+
+
+def layer_map(report: "Report") -> Figure | None:
+    """The heat map layer × role of a report; `None` without numbered layers."""
+    if all(matrix.layer is None for matrix in report.matrices):
+        return None
+    return heatmap(report.matrices, MEASURES, report.model.id)
 
 
 def writer(figure: Figure) -> Callable[[Path], None]:

@@ -160,7 +160,7 @@ def _records(values: dict[str, Any]) -> dict[str, Any]:
         "matrices": tuple(row_from_dict(MatrixReport, matrix) for matrix in values["matrices"]),
         "heads": tuple(head_from_dict(head) for head in values["heads"]),
         "convergence": _convergence(values["convergence"]),
-        "mlps": tuple(MlpReport(**mlp) for mlp in values.get("mlps", ())),
+        "mlps": tuple(MlpReport(**{**mlp, "keys": tuple(mlp["keys"])}) for mlp in values.get("mlps", ())),
         "findings": tuple(Finding(**{**f, "matrices": tuple(f["matrices"])}) for f in values["findings"]),
     }
 

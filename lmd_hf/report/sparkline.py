@@ -19,15 +19,20 @@ def sparklines(matrices: Iterable[MatrixReport]) -> str:
     """
     lines = []
     for role, group in by_role(matrices):
-        layers: dict[int, list[float]] = {}
-        for matrix in group:
-            if matrix.layer is not None and matrix.effective_rank is not None:
-                layers.setdefault(matrix.layer, []).append(matrix.effective_rank / min(matrix.shape))
-        if len(layers) > 1:
-            shares = [statistics.median(layers[layer]) for layer in sorted(layers)]
+        shares = list(rank_shares(group).values())
+        if len(shares) > 1:
             lines.append((role, "".join(map(_level, _joined(shares)))))
     width = max((len(role) for role, _ in lines), default=0)
     return "\n".join(f"{role:{width}}  {drawn}" for role, drawn in lines)
+
+
+def rank_shares(matrices: Iterable[MatrixReport]) -> dict[int, float]:
+    """{layer: effective rank over the short side, the median of its matrices}, from the first layer to the last."""
+    layers: dict[int, list[float]] = {}
+    for matrix in matrices:
+        if matrix.layer is not None and matrix.effective_rank is not None:
+            layers.setdefault(matrix.layer, []).append(matrix.effective_rank / min(matrix.shape))
+    return {layer: statistics.median(layers[layer]) for layer in sorted(layers)}
 
 
 def _level(share: float) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmd_hf.circuits import HeadReport
@@ -11,6 +11,7 @@ from lmd_hf.records import MatrixReport
 from lmd_hf.report import heads
 from lmd_hf.report.findings import extremes
 from lmd_hf.report.plain import plain, to_text
+from lmd_hf.report.sparkline import rank_shares
 from lmd_hf.report.text import by_role
 
 
@@ -70,24 +71,12 @@ def numbers_digest(report: "Report") -> str:
     return hashlib.sha256(json.dumps(_coarse(kept), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def weights_digest(report_files: Iterable[tuple[str, str | None]]) -> str | None:
-    """16 hexadecimal digits of which weight files a model has, by name and SHA-256; `None` if a hash is unknown."""
-    files = sorted(report_files)
-    if not files or any(sha is None for _, sha in files):
-        return None
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-
-
 def _role(role: str, matrices: list[MatrixReport]) -> dict[str, Any]:
-    layers: dict[int, list[float]] = {}
-    for matrix in matrices:
-        if matrix.layer is not None and matrix.effective_rank is not None:
-            layers.setdefault(matrix.layer, []).append(matrix.effective_rank / min(matrix.shape))
     return {
         "role": role,
         "matrices": len(matrices),
         **{name: _spread([getattr(matrix, name) for matrix in matrices]) for name in MEASURES},
-        "effective_rank_share_by_layer": {str(k): statistics.median(v) for k, v in sorted(layers.items())},
+        "effective_rank_share_by_layer": {str(k): v for k, v in rank_shares(matrices).items()},
     }
 
 

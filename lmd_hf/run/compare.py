@@ -13,7 +13,7 @@ from lmd_hf.changes import Changes, Matching, MatrixChange, Pair, Unmatched, Vec
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.change import Drift, Side, Update, measure_change
 from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
-from lmd_hf.run.execute import environment
+from lmd_hf.run.execute import environment, traffic
 from lmd_hf.run.read_ahead import READERS, ReadAhead, reading_pairs
 from lmd_hf.run.workers import count_workers, pick_device, upload, worker_pool
 from lmd_hf.weights.lora import multiplied
@@ -56,7 +56,7 @@ def compare_all(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixChange)),
         vectors=tuple(o for o in ordered if isinstance(o, VectorChange)),
         unmatched=tuple(o for o in ordered if isinstance(o, Unmatched)),
-        environment=environment(where, workers, base, tuned),
+        environment=environment(where, workers) | traffic(base, tuned),
         timing={"compare": time.perf_counter() - started},
     )
 

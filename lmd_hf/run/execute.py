@@ -77,8 +77,6 @@ class Share:
 
     outcomes: dict[int, Outcome]
     reused: int
-    bytes_fetched: int
-    files_touched: frozenset[str]
 
 
 def execute(
@@ -112,7 +110,7 @@ def execute(
         shares.append(world.together(partial(_do_round, bench, sighted, indices, ahead, progress)))
         decomposing += time.perf_counter() - begun
     workers = worker_count([plan.works[index] for index in indices], bench.device, source)
-    results = _results(world.gather(_merged(shares)), environment(bench.device, workers, source))
+    results = _results(world.gather(_merged(shares)), environment(bench.device, workers))
     spent = time.perf_counter() - started
     timing = (
         {"execute": decomposing} if plan.settings.data is None else {"run": spent - decomposing, "execute": decomposing}
@@ -133,7 +131,7 @@ def _do_round(
 
 
 def _merged(shares: list[Share]) -> Share:
-    """The shares of one rank, of one round after the other; what it fetched is counted from the beginning."""
+    """The shares of one rank, of one round after the other; what was reused is counted from the beginning."""
     outcomes = {index: outcome for share in shares for index, outcome in share.outcomes.items()}
     return replace(shares[-1], outcomes=outcomes)
 
@@ -161,18 +159,13 @@ def _do(
             outcomes[places[futures[future]]] = future.result()
             if progress is not None:
                 progress(futures[future])
-    link = bench.source.connection if isinstance(bench.source, FileSource) else None
-    fetched, touched = (link.bytes_fetched, frozenset(link.files_touched)) if link is not None else (0, frozenset())
-    return Share(outcomes, bench.output.journal.reused, fetched, touched)
+    return Share(outcomes, bench.output.journal.reused)
 
 
 def _results(shares: list[Share], here: dict[str, Any]) -> Results:
     outcomes = {index: outcome for share in shares for index, outcome in share.outcomes.items()}
     ordered = [outcomes[index] for index in sorted(outcomes)]
-    totals: dict[str, Any] = {"processes": len(shares), "reused": sum(share.reused for share in shares)}
-    if "bytes_fetched" in here:
-        totals["bytes_fetched"] = sum(share.bytes_fetched for share in shares)
-        totals["files_touched"] = len(frozenset().union(*(share.files_touched for share in shares)))
+    totals = {"processes": len(shares), "reused": sum(share.reused for share in shares)}
     return Results(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixReport)),
         skipped=tuple(piece for o in ordered if isinstance(o, tuple) for piece in o),
@@ -296,13 +289,8 @@ def _repeated(source: Source, ref: MatrixRef, device: torch.device) -> torch.Ten
     return value.T if ref.transposed else value
 
 
-def environment(device: torch.device, workers: int, *sources: Source) -> dict[str, Any]:
-    """What ran the work: versions, device and threads, and what was fetched from the Hub."""
-    links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
-    fetched = {
-        "bytes_fetched": sum(link.bytes_fetched for link in links),
-        "files_touched": sum(len(link.files_touched) for link in links),
-    }
+def environment(device: torch.device, workers: int) -> dict[str, Any]:
+    """What ran the work: versions, device and threads."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -310,5 +298,18 @@ def environment(device: torch.device, workers: int, *sources: Source) -> dict[st
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": 1,
         "threads": workers,
-        **(fetched if links else {}),
+    }
+
+
+def traffic(*sources: Source, world: World | None = None) -> dict[str, int]:
+    """What all ranks have fetched of the sources from the Hub by now, and of how many files; {} where none is there."""
+    links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
+    mine = [(link.bytes_fetched, frozenset(link.files_touched)) for link in links]
+    shares = (world or World()).gather(mine)
+    if not links:
+        return {}
+    touched = [frozenset().union(*(share[i][1] for share in shares)) for i in range(len(links))]
+    return {
+        "bytes_fetched": sum(fetched for share in shares for fetched, _ in share),
+        "files_touched": sum(map(len, touched)),
     }

@@ -54,9 +54,8 @@ def measure_heads(heads: tuple[HeadRef, ...], source: Source, *, folded: bool, w
     """
     world = world or World()
     attentions = [tuple(group) for _, group in groupby(heads, key=lambda head: head.o.ref)]
-    mine = range(world.rank, len(attentions), world.size)
-    shares = world.gather(world.together(lambda: _measured([attentions[i] for i in mine], source, folded)))
-    outcomes = [outcome for i in range(len(attentions)) for outcome in shares[i % world.size][i // world.size]]
+    done = world.shared_out(attentions, lambda mine: _measured(mine, source, folded))
+    outcomes = [outcome for attention in done for outcome in attention]
     return Heads(
         tuple(outcome for outcome in outcomes if isinstance(outcome, HeadReport)),
         tuple(outcome for outcome in outcomes if isinstance(outcome, str)),

@@ -25,15 +25,12 @@ def measure_mlps(
 ) -> tuple[tuple[MlpReport, ...], tuple[str, ...]]:
     """(a row for each MLP, in their order; notes on those that cannot be done), the same on every rank. `folded`: keys
     with the gains of the norms before them."""
-    world = world or World()
-    mine = mlps[world.rank :: world.size]
-    shares = world.gather(world.together(lambda: _measured(mine, source, folded)))
-    outcomes = [shares[i % world.size][i // world.size] for i in range(len(mlps))]
+    outcomes = (world or World()).shared_out(mlps, lambda mine: _measured(mine, source, folded))
     rows = tuple(outcome for outcome in outcomes if isinstance(outcome, MlpReport))
     return rows, tuple(outcome for outcome in outcomes if isinstance(outcome, str))
 
 
-def _measured(mlps: tuple[MlpRef, ...], source: Source, folded: bool) -> list[Outcome]:
+def _measured(mlps: list[MlpRef], source: Source, folded: bool) -> list[Outcome]:
     sizes = [sum(8 * math.prod(ref.shape) for ref in mlp_matrices(mlp)) for mlp in mlps]
     with single_torch_threads(), worker_pool(max(1, count_workers(sizes, torch.device("cpu"))), len(mlps)) as pool:
         return list(pool.map(lambda mlp: measure_mlp(mlp, source, folded=folded), mlps))
@@ -70,6 +67,7 @@ def measure_mlp(mlp: MlpRef, source: Source, *, folded: bool) -> Outcome:
         gate_value_cosine=None if gates_FI is None else _cosine(gates_FI, values_FO),
         chance=1 / math.sqrt(values_FO.numel()),
         norm_folded=folded and mlp.up.norm is not None,
+        keys=(mlp.up.name, mlp.up.part),
     )
 
 

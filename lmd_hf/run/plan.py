@@ -1,5 +1,6 @@
 """What will be done, from headers alone: selection, kernel, cost and shards. Pure."""
 
+import dataclasses
 import fnmatch
 import heapq
 import re
@@ -14,11 +15,8 @@ from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.mlps import list_mlps, mlp_matrices
 
 
-METRICS = ("identity", "norm", "data")
-KERNELS = ("auto", "exact", "sketch")
 SHARED = (("q", "k", "v", "kv"), ("gate", "up"))  # roles that read the same input
 EXPERTS = r"(?<!shared_)experts\."  # one tensor each, and loaded into one parameter
-GRAPHS = ("complete", "knn")
 
 
 def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
@@ -83,17 +81,21 @@ def nothing_left(settings: Settings) -> SettingsError:
 
 
 def _check(settings: Settings) -> None:
-    for kind, values, known in (
-        ("role", settings.roles, ROLES),
-        ("metric", (settings.metric,), METRICS),
-        ("kernel", (settings.kernel,), KERNELS),
-    ):
-        for value in values:
-            if value not in known:
-                raise SettingsError(f"no {kind} '{value}'; known: {', '.join(known)}")
+    for role in settings.roles:
+        if role not in ROLES:
+            raise SettingsError(f"no role '{role}'; known: {', '.join(ROLES)}")
+    _check_choices(settings)
     _check_data(settings.metric, settings.data)
     if not 0 < settings.tolerance < 1:
         raise SettingsError(f"tolerance is {settings.tolerance}; it is relative, so give a number between 0 and 1")
+
+
+def _check_choices(record: Settings | Data) -> None:
+    """The fields of a record that say themselves which values they know."""
+    for field in dataclasses.fields(record):
+        known, value = field.metadata.get("choices"), getattr(record, field.name)
+        if known is not None and value not in known:
+            raise SettingsError(f"no {field.name} '{value}'; known: {', '.join(known)}")
 
 
 def _check_data(metric: str, data: Data | None) -> None:
@@ -104,8 +106,7 @@ def _check_data(metric: str, data: Data | None) -> None:
     if data is None or not data.dataset:
         kinds = "a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, or an image folder"
         raise SettingsError(f"the metric 'data' needs a dataset: give --dataset, {kinds}")
-    if data.graph not in GRAPHS:
-        raise SettingsError(f"no graph '{data.graph}'; known: {', '.join(GRAPHS)}")
+    _check_choices(data)
     for name in ("samples", "seq_len", "batch_size", "neighbours"):
         if getattr(data, name) < 1:
             raise SettingsError(f"{name} is {getattr(data, name)}; give 1 or more")

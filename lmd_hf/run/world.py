@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count, pairwise
@@ -17,6 +17,8 @@ from lmd_hf.errors import LmdError, SettingsError
 
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 PATIENCE = timedelta(days=7)  # for the others' largest matrices; that a rank has died is noticed at once
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` always sets
 
@@ -72,6 +74,12 @@ class World:
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    def shared_out(self, items: Sequence[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
+        """What `work` makes of the items, in their order and on every rank the same: each rank works on every `size`-th
+        of them. All have to call it, with the same items."""
+        shares = self.gather(self.together(lambda: work(list(items[self.rank :: self.size]))))
+        return [shares[i % self.size][i // self.size] for i in range(len(items))]
 
     def add_up(self, mine: Tensor) -> Tensor:
         """The sum of every rank's tensor, on every rank; of a CPU tensor, which may be overwritten. All have to call

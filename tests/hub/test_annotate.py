@@ -122,7 +122,7 @@ def test_somebody_else_with_our_title_is_no_reason_but_with_our_numbers_is(hub, 
     assert annotate(model, how="pull", token=OTHER).reason == "pull request #2 of tester proposes these numbers"
 
 
-def test_two_annotators_at_once_leave_one_open_pull_request(hub, model, monkeypatch):
+def test_two_annotators_at_once_leave_one_open_pull_request(hub, model, save, monkeypatch):
     meet = threading.Barrier(2)
     plain = repository.open_pull
 
@@ -139,6 +139,11 @@ def test_two_annotators_at_once_leave_one_open_pull_request(hub, model, monkeypa
         thread.join()
     assert len(done) == 2
     assert [pull.number for pull in hub.repos[model].pulls if pull.status == "open"] == [1]
+    monkeypatch.undo()
+    merge(hub, model)  # that the other was closed, by ourselves, is no refusal
+    other = {path.name: path.read_bytes() for path in save("qwen2").iterdir()}
+    hub.repos[model].commit({**files_of(hub, model), **other})
+    assert annotate(model, how="pull", token=TOKEN).status == "written"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+import lmd_hf
 from lmd_hf import analyze
 from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.hub.dataset import load_results, push_results
@@ -105,6 +106,8 @@ def test_analyze_takes_a_published_result_of_the_same_commit_and_settings_and_sa
     assert f"published result, from {where}" in found.summary()
     assert found.to_dict()["matrices"] == reports[0].to_dict()["matrices"]
     assert "published" not in analyze(name, reuse=where).environment  # without heads: other settings
+    earlier = analyze(name, heads=True, reuse=where, thresholds=lmd_hf.Thresholds(untrained_share=0.5))
+    assert "published" not in earlier.environment  # another verdict is asked for
     repo = hub.repos[name]
     repo.commit({**repo.commits[repo.branches["main"]], "notes.md": b"x"})
     assert "published" not in analyze(name, heads=True, reuse=where).environment  # another commit

@@ -60,6 +60,18 @@ def test_what_a_dead_process_held_waits_again_and_what_a_living_one_holds_does_n
     assert queue.take() is None
 
 
+def test_a_model_that_ends_every_process_is_given_up(tmp_path, monkeypatch):
+    import lmd_hf.hub.queue as module
+
+    queue = Queue(tmp_path / "q.sqlite")
+    queue.add(["a/huge", "a/2"])
+    monkeypatch.setattr(module, "_lives", lambda _: False)  # as if each had died of it
+    taken = [queue.take().model for _ in range(module.DEATHS)]
+    assert set(taken) == {"a/huge"}
+    assert queue.take().model == "a/2"
+    assert next((e.state, e.told) for e in queue.entries()) == ("failed", "the process ended in the middle of it")
+
+
 def take_all(path, results):
     queue = Queue(path)
     while (entry := queue.take()) is not None:

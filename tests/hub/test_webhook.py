@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,10 +72,8 @@ def server(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lmd_hf.hub.webhook.work_off", count)
     queue = Queue(tmp_path / "q.sqlite")
-    with serving(queue, secret=SECRET) as running:
-        running.done, running.queue = done, queue
-        running.url = f"http://127.0.0.1:{running.server_address[1]}"
-        yield running
+    with serving(queue, secret=SECRET) as (port, ended):
+        yield SimpleNamespace(done=done, queue=queue, port=port, ended=ended, url=f"http://127.0.0.1:{port}")
 
 
 def post(server, body, secret=SECRET, path=PATH):
@@ -135,6 +134,16 @@ def test_what_waits_is_worked_off_after_a_restart(tmp_path, monkeypatch):
         wait_for(lambda: done == ["org/old"])
 
 
+def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+    def die(queue, **_):
+        raise RuntimeError("no more disk")
+
+    monkeypatch.setattr("lmd_hf.hub.webhook.work_off", die)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with serving(Queue(tmp_path / "q.sqlite"), secret=SECRET) as (_, ended):
+        assert ended.wait(20)
+
+
 def take(queue, done):
     if (entry := queue.take()) is not None:
         done.append(entry.model)
@@ -144,7 +153,7 @@ def take(queue, done):
 @pytest.mark.slow
 def test_a_thousand_events_from_twenty_connections_none_lost_none_twice(server, caplog):
     draw = random.Random(0)
-    slow = [socket.create_connection(("127.0.0.1", server.server_address[1])) for _ in range(5)]
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
     for each in slow:  # clients that begin a request and never end it
         each.sendall(f"POST {PATH} HTTP/1.1\r\nX-Webhook-Secret: {SECRET}\r\nContent-Length: 99\r\n\r\n".encode())
     kinds = ["good"] * 960 + ["malformed"] * 10 + ["secret"] * 20 + ["large"] * 10

@@ -92,6 +92,18 @@ def test_reports_keep_them(save):
     assert Report.from_dict(older).mlps == ()
 
 
+def test_the_capacity_of_an_mlp_is_that_of_its_keys(save):
+    report = analyze(save("mixtral"), heads=True)
+    rows = {(matrix.name, matrix.part): matrix for matrix in report.matrices}
+    for mlp in report.mlps:
+        keys = rows[mlp.keys]
+        assert (keys.role, keys.layer) == ("up", mlp.layer)
+        assert (mlp.capacity_log10, mlp.energy_degree) == (keys.capacity_log10, keys.energy_degree)
+    chosen = analyze(save("llama"), heads=True, roles=("down",)).mlps
+    assert chosen
+    assert all(mlp.capacity_log10 is None for mlp in chosen)
+
+
 def test_what_cannot_be_done_is_a_note():
     model = models.make("llama")
     with torch.no_grad():

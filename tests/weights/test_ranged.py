@@ -149,6 +149,15 @@ def test_what_is_fetched_before_the_plan_is_final_is_wanted_by_it(save, family, 
     assert {(w.ref.tensors[0], None, ()) for w in early if _is_certain(w.ref)} <= final
 
 
+def test_what_heads_fetch_a_second_time_is_counted(hub, put):
+    plain = analyze(put("llama", "ranged/plain")).environment["bytes_fetched"]
+    report = analyze(put("llama", "ranged/heads"), heads=True)
+    blocks = [m for m in report.matrices if m.block]
+    again = sum(4 * m.shape[0] * m.shape[1] for m in blocks)
+    assert report.heads
+    assert report.environment["bytes_fetched"] >= plain + again
+
+
 def test_hashes_fetch_nothing(hub, put):
     name = put("llama", lfs=False)
     source = open_source(name)
