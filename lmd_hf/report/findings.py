@@ -15,14 +15,18 @@ SLOW_DECAY = 0.9  # of the participation ratio of an i.i.d. matrix of the same s
 
 def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) -> tuple[Finding, ...]:
     """All signatures, found or not. `slow_decay` is the share of noise's participation ratio that counts as slow."""
-    slow = tuple(label(m) for m in matrices if (ratio := noise_ratio(m)) is not None and ratio >= slow_decay)
+    ratios = [(m, ratio) for m in matrices if (ratio := noise_ratio(m)) is not None]
+    slow = tuple(label(m) for m, ratio in ratios if ratio >= slow_decay)
+    even = f"{len(slow)} of {len(ratios)} matrices spread their energy almost as evenly as noise: no low-rank structure"
+    if not ratios:
+        even = "in the metric of data noise has another participation ratio"
     raw = tuple(label(m) for m in matrices if looks_untrained(m))
     total = len(matrices)
     return (
         Finding(
             "slow decay",
-            "found" if slow else "not found",
-            f"{len(slow)} of {total} matrices spread their energy almost as evenly as noise: no low-rank structure",
+            "not measured" if not ratios else "found" if slow else "not found",
+            even,
             "participation ratio / that of i.i.d. noise of the same shape, k/(1+β)",
             slow_decay,
             slow,
@@ -65,9 +69,10 @@ def _high_dimension(matrices: tuple[MatrixReport, ...]) -> Finding:
 
 
 def noise_ratio(matrix: MatrixReport) -> float | None:
-    """Participation ratio over k/(1+β), what i.i.d. noise of the same shape has; `None` for a single singular value."""
+    """Participation ratio over k/(1+β), what i.i.d. noise of the same shape has; `None` for a single singular value,
+    and in the metric of data, where noise would have another."""
     short, long = min(matrix.shape), max(matrix.shape)
-    if matrix.participation_ratio is None or short < 2:
+    if matrix.participation_ratio is None or short < 2 or matrix.metric == "data":
         return None
     return matrix.participation_ratio * (1 + short / long) / short
 

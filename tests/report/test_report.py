@@ -283,6 +283,8 @@ def test_thresholds_can_be_changed(report):
     strict = {f.signature: f for f in findings.find(report.matrices, slow_decay=2.0)}
     assert strict["slow decay"].status == "not found"
     assert strict["slow decay"].threshold == 2.0
+    seen = findings.find(tuple(replace(matrix, metric="data") for matrix in report.matrices))
+    assert {f.signature: f.status for f in seen}["slow decay"] == "not measured"
 
 
 def test_reports_are_frozen(report):
