@@ -149,6 +149,13 @@ for outcome in work_off(Queue(__import__("pathlib").Path(sys.argv[1])), how="pul
 """
 
 
+def requests_of_a_model(hub, save):
+    before = len(hub.requests)
+    (outcome,) = annotate_each(add_models(hub, save, 1), how="pull", token="hf_test_token")
+    assert outcome.status == "written"
+    return len(hub.requests) - before
+
+
 @pytest.mark.slow
 def test_a_batch_that_is_killed_at_any_moment_annotates_every_model_exactly_once(hub, save, tmp_path):
     names = add_models(hub, save, 20)
@@ -156,16 +163,19 @@ def test_a_batch_that_is_killed_at_any_moment_annotates_every_model_exactly_once
     queue.add(names)
     draw = random.Random(0)
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "HF_ENDPOINT": hub.url}
-    kills = 0
+    kills, of_a_model = 0, requests_of_a_model(hub, save)
     while any(e.state in ("waiting", "running") for e in queue.entries()):
         process = subprocess.Popen(
             [sys.executable, "-c", RUN, str(queue.path)], env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path
         )
         if kills < 30:
-            time.sleep(draw.uniform(0.5, 9))
+            # counted in requests, so that a fast machine is killed as often as a slow one, at any of the steps
+            enough = len(hub.requests) + draw.randint(1, 3 * of_a_model // 2)
+            while len(hub.requests) < enough and process.poll() is None:
+                time.sleep(0.001)
             process.kill()
-            kills += 1
+            kills += process.wait(600) == -9
         assert process.wait(600) in (0, -9)
-    assert kills >= 10
+    assert kills >= 20
     assert {e.state for e in queue.entries()} <= {"done", "left"}
     assert [len(hub.repos[name].pulls) for name in names] == [1] * 20
