@@ -53,7 +53,7 @@ def passes(widths: dict[str, int], graph: str, limit: float) -> list[list[str]]:
 
 def input_bytes(width: int, graph: str) -> int:
     """What one input takes: its moments, the metric made of them with its basis, and its rows with what is pending."""
-    return 3 * 8 * width**2 + 3 * 4 * ROWS[graph] * width
+    return 3 * 8 * width**2 + (3 * ROWS[graph] + 3 * FLUSH) * 4 * width
 
 
 def observe(
@@ -83,47 +83,54 @@ def needed_tokens(widths: Iterable[int], data: Data, batches: Batches) -> int:
 
 @dataclass
 class _Accumulator:
-    """Running moments of one input and its reservoir: the rows with the smallest keys, which ranks can merge."""
+    """Running moments of one input and its reservoir.
+
+    Both write into memory of their own that is taken once: rows kept piece by piece between the passes' own short-lived
+    tensors would leave the heap full of holes, a gigabyte of them on a model of 90 MB.
+    """
 
     tokens: int
     most: int
     moments: bool
     count: int = 0
+    pending: int = 0
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     total: Tensor | None = None
     squares: Tensor | None = None
-    pending: list[Tensor] = field(default_factory=list)
-    kept: list[Drawn] = field(default_factory=list)
+    kept: "_Reservoir | None" = None
 
     def add(self, keys: Tensor, rows: Tensor, examples: Tensor) -> None:
         """Take in rows that were drawn, each with its key."""
         if not len(rows):
             return
-        self.pending.append(rows)
+        if self.kept is None or self.total is None:
+            width = rows.shape[1]
+            self.rows = rows.new_empty(FLUSH, width, dtype=torch.float64)
+            self.total = self.rows.new_zeros(width)
+            self.squares = self.rows.new_zeros(width, width) if self.moments else None
+            self.kept = _Reservoir(self.most, width)
         self.count += len(rows)
-        if sum(map(len, self.pending)) >= FLUSH:
-            self.flush()
-        self.kept.append((keys, rows.to("cpu", torch.float32), examples))
-        if sum(len(k) for k, _, _ in self.kept) > 2 * self.most:
-            self.kept = [_smallest(self.kept, self.most)]
+        while len(rows):
+            some = min(len(rows), FLUSH - self.pending)
+            self.rows[self.pending : self.pending + some] = rows[:some]
+            self.pending += some
+            self.kept.add(keys[:some], rows[:some], examples[:some])
+            keys, rows, examples = keys[some:], rows[some:], examples[some:]
+            if self.pending == FLUSH:
+                self.flush()
 
     def flush(self) -> None:
         """Pending rows into the sums."""
-        if not self.pending:
-            return
-        rows = torch.cat(self.pending).to(torch.float64)
-        self.pending = []
-        if self.total is None:
-            self.total = rows.new_zeros(rows.shape[1])
-            self.squares = rows.new_zeros(rows.shape[1], rows.shape[1]) if self.moments else None
-        self.total += rows.sum(0)
+        rows, self.pending = self.rows[: self.pending], 0
+        if self.total is not None:
+            self.total += rows.sum(0)
         if self.squares is not None:
             _add_products(self.squares, rows)
 
     def result(self, world: World) -> Observed:
         """What all ranks have seen together."""
         self.flush()
-        mine = _smallest(self.kept, self.most) if self.kept else None
-        shares = world.gather((self.count, mine))
+        shares = world.gather((self.count, None if self.kept is None else self.kept.smallest()))
         parts = [part for _, part in shares if part is not None]
         if not parts:
             return Observed(0, torch.zeros(0), None, torch.zeros(0, 0), torch.zeros(0))
@@ -133,9 +140,38 @@ class _Accumulator:
         if self.moments:
             squares = torch.zeros(width, width).double() if self.squares is None else self.squares.cpu()
             moments = world.add_up(squares.tril() + squares.tril(-1).T) / count
-        self.total = self.squares = None
-        _, rows, examples = _smallest(parts, self.most)
+        self.total = self.squares = self.kept = None
+        self.rows = self.rows[:0].clone()
+        keys, rows, examples = (torch.cat(each) for each in zip(*parts, strict=True))
+        _, rows, examples = _smallest(keys, rows, examples, self.most)
         return Observed(count, total / count, moments, rows, examples)
+
+
+class _Reservoir:
+    """The rows with the smallest keys, a uniform sample that ranks can merge: at least `most` of those seen, fewer than
+    twice as many and `FLUSH`."""
+
+    def __init__(self, most: int, width: int) -> None:
+        room = 2 * most + FLUSH
+        self.most, self.filled = most, 0
+        self.keys = torch.empty(room, dtype=torch.float64)
+        self.rows = torch.empty(room, width)
+        self.examples = torch.empty(room, dtype=torch.long)
+
+    def add(self, keys: Tensor, rows: Tensor, examples: Tensor) -> None:
+        """Take in at most `FLUSH` rows."""
+        place = slice(self.filled, self.filled + len(rows))
+        self.keys[place], self.rows[place], self.examples[place] = keys, rows, examples
+        self.filled += len(rows)
+        if self.filled > 2 * self.most:
+            kept = self.smallest()
+            self.filled = 0
+            self.add(*kept)
+
+    def smallest(self) -> Drawn:
+        """What is kept, in the order of the keys."""
+        seen = slice(self.filled)
+        return _smallest(self.keys[seen], self.rows[seen], self.examples[seen], self.most)
 
 
 def _add_products(squares: Tensor, rows: Tensor) -> None:
@@ -148,8 +184,7 @@ def _add_products(squares: Tensor, rows: Tensor) -> None:
     dsyrk(1.0, rows.numpy().T, beta=1.0, c=squares.numpy().T, overwrite_c=1)
 
 
-def _smallest(parts: list[Drawn], most: int) -> Drawn:
-    keys, rows, examples = (torch.cat(each) for each in zip(*parts, strict=True))
+def _smallest(keys: Tensor, rows: Tensor, examples: Tensor, most: int) -> Drawn:
     order = keys.argsort(stable=True)[:most]
     return keys[order], rows[order], examples[order]
 
