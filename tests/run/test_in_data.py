@@ -195,6 +195,19 @@ def test_a_live_module_is_observed_as_it_is(ids, llama):
     np.testing.assert_allclose(live.matrices[5].singular_values, llama.matrices[5].singular_values, rtol=1e-9)
 
 
+def test_a_module_that_accelerate_keeps_on_disk_runs_layer_by_layer(ids, llama, tmp_path):
+    import models
+    from accelerate import disk_offload
+
+    module = models.make("llama")
+    disk_offload(module, tmp_path, execution_device=torch.device("cpu"))
+    offloaded = analyze(module, metric="data", data=settings(ids))
+    assert all(p.is_meta for p in module.parameters())
+    for row, plain in zip(offloaded.matrices, llama.matrices, strict=True):
+        assert row.metric == plain.metric
+        np.testing.assert_allclose(row.singular_values, plain.singular_values, rtol=1e-9)
+
+
 def test_the_embedded_model_works_with_a_text_file(text):
     report = analyze(EMBEDDED_ID, metric="data", data=text, layers="0-1")
     assert {m.metric for m in report.matrices if m.role != "embed"} == {"data"}
