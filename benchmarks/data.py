@@ -56,7 +56,7 @@ STAGES = {
     "forward passes": [(activations, "forward")],
     "moments and rows of inputs": [(activations._Accumulator, "add"), (activations._Accumulator, "result")],
     "decompositions": [(in_data, "dense"), (in_data, "spectrum"), (in_data, "leading_axes")],
-    "neighbour graphs": [(in_data, "knn_graph"), (in_data, "scatter")],
+    "neighbours and their graphs": [(in_data, "nearest"), (in_data, "graph_of"), (in_data, "scatter")],
     "intrinsic dimensions": [(in_data, "intrinsic_dimensions")],
     "topology spectra": [(in_data, "topology_spectrum")],
     "error bars": [(in_data, "energy_errors")],

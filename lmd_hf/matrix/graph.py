@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lmd_hf.matrix.neighbours import NEIGHBOURS, Nearest, nearest
+
 
 GRAPHS = ("complete", "knn")
-NEIGHBOURS = 10  # k where none is named
 RANGE = 1e-10  # of the second metric's top eigenvalue: below lies rounding, not data
 
 
@@ -44,13 +45,17 @@ def knn_graph(x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS) -> Graph
 
     Raises `ValueError` for N ≤ k, NaN and infinity.
     """
-    from scipy import sparse  # late, as scikit-learn is: they import for seconds, and weights alone need neither
-    from scipy.sparse.csgraph import connected_components
-    from sklearn.neighbors import NearestNeighbors
+    return graph_of(nearest(x_NI, neighbours))
 
-    if not 0 < neighbours < len(x_NI):
-        raise ValueError(f"{len(x_NI)} samples have no {neighbours} neighbours each; {neighbours + 1} are needed")
-    directed = NearestNeighbors(n_neighbors=neighbours).fit(x_NI.cpu().numpy()).kneighbors_graph()
+
+def graph_of(found: Nearest) -> Graph:
+    """The same, from a search that is done."""
+    from scipy import sparse  # late: it imports for seconds, and weights alone do not need it
+    from scipy.sparse.csgraph import connected_components
+
+    count, neighbours = found.indices_Nk.shape
+    starts = np.arange(0, count * neighbours + 1, neighbours)
+    directed = sparse.csr_array((np.ones(count * neighbours), found.indices_Nk.ravel(), starts), shape=(count, count))
     adjacency = sparse.csr_array(directed.maximum(directed.T))
     return Graph(adjacency, int(connected_components(adjacency, directed=False, return_labels=False)))
 

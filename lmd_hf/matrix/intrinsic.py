@@ -9,9 +9,10 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
+from lmd_hf.matrix.neighbours import NEIGHBOURS, Nearest, nearest
+
 
 FEWEST = 20  # distinct samples below which no dimension is told
-NEIGHBOURS = 10  # k of the maximum-likelihood estimator
 DISCARDED = 0.1  # of the largest ratios: Facco et al.'s guard against outliers
 GROUPS = 20  # of the jackknife
 SAME = 1e-5  # float32 activations of one token differ by so much of their spread at most, from batch to batch
@@ -29,18 +30,25 @@ class Dimension(NamedTuple):
     error: float
 
 
-def neighbour_distances(x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS) -> Float[ndarray, "M k"] | None:
+def neighbour_distances(
+    x_NI: Float[Tensor, "N I"], neighbours: int = NEIGHBOURS, found: Nearest | None = None
+) -> Float[ndarray, "M k"] | None:
     """Euclidean distances, ascending, of every distinct sample to its k nearest others; `None` where fewer than
     max(20, k + 1) samples are distinct. Samples closer than 1e-5 of their root mean square distance from the mean are
-    the same one but for rounding, and count once. Raises `ValueError` for NaN and infinity."""
+    the same one but for rounding, and count once. A search for at least k neighbours that is done already may be
+    `found`. Raises `ValueError` for NaN and infinity."""
     from scipy import sparse  # late: it imports for seconds, and weights alone do not need it
     from scipy.sparse.csgraph import connected_components
-    from sklearn.neighbors import NearestNeighbors
 
-    x = np.unique(x_NI.float().cpu().numpy() if x_NI.dtype != torch.float64 else x_NI.cpu().numpy(), axis=0)
+    every = x_NI.float().cpu().numpy() if x_NI.dtype != torch.float64 else x_NI.cpu().numpy()
+    x, places = np.unique(every, axis=0, return_index=True)
     same = SAME * float(np.sqrt(x.var(axis=0, dtype=np.float64).sum()))
+    if found is not None and len(every) == len(x) >= FEWEST:
+        distances = found.distances_Nk[places, :neighbours]
+        if (distances > same).all():
+            return distances.astype(np.float64)
     while len(x) >= max(FEWEST, neighbours + 1):
-        distances, indices = NearestNeighbors(n_neighbors=neighbours).fit(x).kneighbors()
+        distances, indices = nearest(x, neighbours)
         points, places = np.nonzero(distances <= same)
         if not len(points):
             return distances.astype(np.float64)
@@ -66,9 +74,11 @@ def maximum_likelihood(distances_Mk: Float[ndarray, "M k"] | None) -> Dimension 
     return _jackknife(logs, lambda values: float(1 / values.mean()) if values.mean() > 0 else None)
 
 
-def intrinsic_dimensions(x_NI: Float[Tensor, "N I"]) -> tuple[Dimension | None, Dimension | None]:
-    """(TwoNN, maximum likelihood) of samples, from one search for neighbours."""
-    distances = neighbour_distances(x_NI)
+def intrinsic_dimensions(
+    x_NI: Float[Tensor, "N I"], found: Nearest | None = None
+) -> tuple[Dimension | None, Dimension | None]:
+    """(TwoNN, maximum likelihood) of samples, from one search for neighbours, which may be `found` already."""
+    distances = neighbour_distances(x_NI, found=found)
     return two_nn(distances), maximum_likelihood(distances)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lmd_hf.compat import local_processes
 from lmd_hf.matrix import dimension
-from lmd_hf.matrix.graph import RANGE, Graph, knn_graph, scatter, topology_spectrum
+from lmd_hf.matrix.graph import RANGE, Graph, graph_of, scatter, topology_spectrum
 from lmd_hf.matrix.intrinsic import Dimension, intrinsic_dimensions
 from lmd_hf.matrix.metrics import Metric, dense
+from lmd_hf.matrix.neighbours import NEIGHBOURS, nearest
 from lmd_hf.matrix.sampled import compact, energy_errors, energy_share, leading_axes
 from lmd_hf.records import Data, DataFigures, Factored, Plan, Work
 from lmd_hf.run.activations import ROWS, Observed, needed_tokens, observe, passes
@@ -146,7 +147,13 @@ def _neighbourhood(seen: Observed, data: Data) -> tuple[Graph | None, Dimensions
     """The graph of an input's rows and their intrinsic dimensions; nothing where rows are too few or not finite."""
     if len(seen.rows) <= data.neighbours or not torch.isfinite(seen.rows).all():
         return None, (None, None)
-    return knn_graph(seen.rows, data.neighbours), intrinsic_dimensions(seen.rows)
+    return _graph_and_dimensions(seen.rows, data.neighbours)
+
+
+def _graph_and_dimensions(rows: Tensor, neighbours: int) -> tuple[Graph, Dimensions]:
+    """Both from one search, which is what they cost."""
+    found = nearest(rows, min(max(neighbours, NEIGHBOURS), len(rows) - 1))
+    return graph_of(found.first(neighbours)), intrinsic_dimensions(rows, found)
 
 
 def _prepare(
@@ -183,9 +190,9 @@ def _figures(w_OI: Tensor, kept: int | None, seen: Seen) -> tuple[DataFigures, n
     axes_RK, plain_RK = (leading_axes(each, kept or 0) for each in (gram_RR, w_RI @ w_RI.T))
     latent_NK = (outputs_NR @ axes_RK / ((axes_RK.T @ gram_RR) * axes_RK.T).sum(1).sqrt()).cpu()  # Idist·Vᵀ·x
     outputs_NR, gram_RR = outputs_NR.cpu(), gram_RR.cpu()
-    of_outputs = knn_graph(outputs_NR, seen.data.neighbours)
+    of_outputs, output_dimensions = _graph_and_dimensions(outputs_NR, seen.data.neighbours)
     errors = energy_errors(outputs_NR, gram_RR, seen.examples, seen.graph if seen.data.graph == "knn" else None)
-    samples = {"latent": latent_NK, "output": outputs_NR}
+    nothing: Dimensions = (None, None)
     figures = DataFigures(
         samples=seen.samples,
         energy=gram_RR.trace().item(),
@@ -195,8 +202,11 @@ def _figures(w_OI: Tensor, kept: int | None, seen: Seen) -> tuple[DataFigures, n
         weights_share=energy_share(gram_RR, plain_RK.cpu()),
         graph_samples=len(seen.rows),
         components={"input": seen.graph.components, "output": of_outputs.components},
-        dimensions={"input": _named(seen.dimensions)}
-        | {name: _named(intrinsic_dimensions(x) if kept else (None, None)) for name, x in samples.items()},
+        dimensions={
+            "input": _named(seen.dimensions),
+            "latent": _named(intrinsic_dimensions(latent_NK) if kept else nothing),
+            "output": _named(output_dimensions if kept else nothing),
+        },
     )
     topology = topology_spectrum(outputs_NR, seen.graph, of_outputs).numpy()
     topology.flags.writeable = False
