@@ -38,7 +38,8 @@ class ModelIdentity:
 @dataclass(frozen=True)
 class TensorRef:
     """One stored tensor: where its bytes lie. `file` is "" for a live module; `start` and `stop` count from the
-    beginning of the file; `dtype` is written as safetensors does (BF16, F32 …)."""
+    beginning of the file; `dtype` is written as safetensors does (BF16, F32 …). `declared` is the class and the shape
+    of the weight that it holds the values of, where the file's metadata name them (torchao)."""
 
     name: str
     file: str
@@ -46,6 +47,7 @@ class TensorRef:
     stop: int
     dtype: str
     shape: tuple[int, ...]
+    declared: tuple[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
