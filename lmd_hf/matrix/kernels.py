@@ -36,7 +36,7 @@ SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more th
 TALL = 2  # so does taking all eigenvectors, unless W is more than twice as long as wide
 
 
-def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
+def exact(w_OI: Float[Tensor, "O I"], *, gram: Float[Tensor, "k k"] | None = None) -> Spectrum:
     """All singular values from the eigenvalues of the float64 Gram matrix of the short side.
 
     G = WᵀW (or WWᵀ, whichever is k × k) and σᵢ = √λᵢ(G). An eigenvalue's absolute error is some u·λ₁ (backward
@@ -54,7 +54,7 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
         raise ValueError(f"empty matrix of shape {tuple(w_OI.shape)}")
     w_LK = w_OI if w_OI.shape[0] >= w_OI.shape[1] else w_OI.T
     scale = _power_of_two(w_LK)
-    gram = _gram(w_LK, scale)
+    gram = lower_gram(w_LK, scale) if gram is None else gram.to(w_LK.device)
     if not torch.isfinite(gram.diagonal()).all():  # where one NaN or infinity in W arrives
         raise ValueError("the matrix holds NaN or infinity")
     values = _eigenvalues(gram).flip(0).clamp_min(0).sqrt()
@@ -137,7 +137,7 @@ def _chunks(w_LK: Tensor, scale: float) -> Iterator[Tensor]:
         yield chunk if scale == 1 else chunk.div_(scale)
 
 
-def _gram(w_LK: Tensor, scale: float) -> Tensor:
+def lower_gram(w_LK: Tensor, scale: float = 1.0) -> Tensor:
     """Σ over chunks of the long side of chunkᵀ·chunk, in float64 on W's device (where TF32 does not apply); on the CPU
     only its lower triangle, which is all that LAPACK reads."""
     gram = w_LK.new_zeros(w_LK.shape[1], w_LK.shape[1], dtype=torch.float64)
@@ -185,7 +185,7 @@ def _ritz_values(w_LK: Tensor, values: Tensor, count: int, scale: float) -> Tens
     tall = w_LK.shape[0] > TALL * w_LK.shape[1]
     if size is None and not (tall and count <= SMALL_SHARE * len(values)):
         return None
-    gram = _gram(w_LK, scale)  # again: its eigenvalues may have been found in its place
+    gram = lower_gram(w_LK, scale)  # again: its eigenvalues may have been found in its place
     q: Tensor | None
     if size is not None:
         q = smallest.smallest_subspace(gram, values**2, count, size)

@@ -22,6 +22,7 @@ from lmd_hf.run.in_data import Round, Sight, input_metric, measure_in_data, roun
 from lmd_hf.run.journal import PLACE, Journal, Keys, content_key, place_key
 from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
+from lmd_hf.run.sums import Sums, shared_sums
 from lmd_hf.run.workers import pick_device, upload, worker_count, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import pieces
@@ -91,7 +92,8 @@ def execute(
     """Decompose this rank's share of a plan, most expensive matrix first, gather the others' and return rows in the
     plan's order; on every rank the same.
 
-    On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
+    The pieces of matrices that are cut come first, so that their owners, who take those up last, need not wait. On the
+    CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
     matrix that cannot be done becomes `Skipped`; the others go on. What the journal of `output` holds is not computed
     again, nor read where its file's hash is known; `ahead` holds what a head start has done or is doing.
     `progress` is called, in this thread, after each matrix. In the metric `data` the model runs first, and again where
@@ -107,7 +109,8 @@ def execute(
     for sighted in rounds(plan, source, bench.device, world):
         begun = time.perf_counter()
         notes += sighted.notes
-        shares.append(world.together(partial(_do_round, bench, sighted, indices, ahead, progress)))
+        with shared_sums(plan, bench.is_finished, source, world=world, device=bench.device) as sums:
+            shares.append(world.together(partial(_do_round, bench, sighted, indices, sums, ahead, progress)))
         decomposing += time.perf_counter() - begun
     workers = worker_count([plan.works[index] for index in indices], bench.device, source)
     results = _results(world.gather(_merged(shares)), environment(bench.device, workers))
@@ -122,12 +125,18 @@ def _do_round(
     bench: "Bench",
     sighted: Round,
     indices: tuple[int, ...],
+    sums: Sums,
     ahead: HeadStart | None,
     progress: Callable[[Work], None] | None,
 ) -> Share:
-    """This rank's matrices of one round."""
-    mine = tuple(index for index in indices if index in sighted.indices)
-    return _do(replace(bench, sights=sighted.seen), mine, ahead.take_over() if ahead is not None else {}, progress)
+    """This rank's matrices of one round; last, one after the other, those that others have helped with."""
+    mine = tuple(index for index in indices if index in sighted.indices and index not in sums.mine)
+    bench = replace(bench, sights=sighted.seen)
+    shares = [_do(bench, mine, ahead.take_over() if ahead is not None else {}, progress)]
+    for index in sums.mine:
+        helped = replace(bench, grams={bench.plan.works[index]: sums.of(index)})
+        shares.append(_do(helped, (index,), {}, progress))
+    return _merged(shares)
 
 
 def _merged(shares: list[Share]) -> Share:
@@ -189,6 +198,7 @@ class Bench:
     output: Output
     device: torch.device
     sights: dict[Work, Sight] = field(default_factory=dict)
+    grams: dict[Work, torch.Tensor | None] = field(default_factory=dict)
 
     @cached_property
     def _hashes(self) -> dict[str, str | None]:
@@ -245,11 +255,11 @@ class Bench:
         gain = read_metric(reads, work.ref, self.plan.settings.metric)
         journal = self.output.journal
         if journal.folder is None and self.output.factors is None:
-            return measure(work, _moved(stored, self.device), gain)
+            return measure(work, _moved(stored, self.device), gain, gram=self.grams.pop(work, None))
         keys = Keys(content_key(work.ref, stored, gain, procedure(work), self.device), self.place(work))
         spectra = journal.find(keys.content)
         if spectra is None:
-            spectra = measure(work, _moved(stored, self.device), gain)
+            spectra = measure(work, _moved(stored, self.device), gain, gram=self.grams.pop(work, None))
             journal.add(keys, spectra)
         self._write_factors(work.ref, stored, None if gain is None else norm(gain), keys)
         return spectra
