@@ -53,13 +53,13 @@ def exact(w_OI: Float[Tensor, "O I"], *, gram: Float[Tensor, "k k"] | None = Non
     if w_OI.numel() == 0:
         raise ValueError(f"empty matrix of shape {tuple(w_OI.shape)}")
     w_LK = w_OI if w_OI.shape[0] >= w_OI.shape[1] else w_OI.T
-    scale = _power_of_two(w_LK)
+    scale = power_of_two(w_LK)
     gram = lower_gram(w_LK, scale) if gram is None else gram.to(w_LK.device)
     if not torch.isfinite(gram.diagonal()).all():  # where one NaN or infinity in W arrives
         raise ValueError("the matrix holds NaN or infinity")
     values = _eigenvalues(gram).flip(0).clamp_min(0).sqrt()
-    if _gram_error(values) <= ACCURACY:
-        return Spectrum(values * scale, _gram_error(values), "gram")
+    if gram_error(values) <= ACCURACY:
+        return Spectrum(values * scale, gram_error(values), "gram")
     small = int((values < RITZ_CUT * values[0]).sum())
     refined = _ritz_values(w_LK, values, small, scale)
     if refined is not None:
@@ -119,7 +119,7 @@ def get_kernel(name: str) -> Callable[..., Spectrum]:
     return KERNELS[name]
 
 
-def _power_of_two(w: Tensor) -> float:
+def power_of_two(w: Tensor) -> float:
     """A power of two near max|W|, so that squares of float64 entries neither overflow nor vanish; 1 for shorter types,
     whose squares always fit."""
     if w.dtype != torch.float64:
@@ -196,7 +196,7 @@ def _ritz_values(w_LK: Tensor, values: Tensor, count: int, scale: float) -> Tens
     return None if q is None else _singular_values(torch.cat([chunk @ q for chunk in _chunks(w_LK, scale)]))[-count:]
 
 
-def _gram_error(values: Tensor) -> float:
+def gram_error(values: Tensor) -> float:
     """8u·((σ₁/σᵢ)² + √k) at the smallest value; one below FLOOR counts at FLOOR, where the Gram route must be left."""
     if values[0] == 0:
         return 0.0

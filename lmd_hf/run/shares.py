@@ -1,4 +1,5 @@
-"""Who does what: every matrix has a rank that owns it, and a large one may be summed by several. Pure.
+"""Who does what: every matrix has a rank that owns it, a large one may be summed by several, and small ones of one
+shape may be done at once. Pure.
 
 Loads are floating-point operations.
 """
@@ -15,6 +16,9 @@ EVEN = 0.05  # imbalance up to which nothing is cut: busiest rank over the mean,
 GRAIN = 1024  # rows in a piece, at least and in steps: sending a k × k sum takes as long as making some 500 rows of it
 LEAST_FLOPS = 2e9  # of a matrix, to be cut: less than that is done before it could be shared
 CUTTABLE = ("F32", "F16", "BF16")  # float64 is scaled by its largest entry, which no piece knows
+
+BATCH_SIDE = 512  # short side up to which a GPU has room for more than one matrix: benchmarks/gpu.py measures it
+BATCH_BYTES = 2**28
 
 Shards = tuple[tuple[int, ...], ...]
 Pieces = tuple[tuple[Piece, ...], ...]
@@ -109,3 +113,20 @@ def _filled(works: Sequence[Work], cut: list[int], levels: list[_Level], mean: f
             heapq.heappush(levels, level)
             start = stop
     return tuple(map(tuple, pieces))
+
+
+def batched(works: Sequence[Work]) -> list[tuple[Work, ...]]:
+    """The works in their order, runs of small ones of one shape in batches of `BATCH_BYTES` in memory."""
+    batches: list[list[Work]] = []
+    for work in works:
+        last = batches[-1] if batches else []
+        alike = last and _is_small(work) and _is_small(last[0]) and last[0].ref.shape == work.ref.shape
+        if alike and sum(each.bytes for each in (*last, work)) <= BATCH_BYTES:
+            last.append(work)
+        else:
+            batches.append([work])
+    return [tuple(batch) for batch in batches]
+
+
+def _is_small(work: Work) -> bool:
+    return work.kernel == "exact" and min(work.ref.shape) <= BATCH_SIDE and work.ref.low_rank is None

@@ -8,7 +8,7 @@ import pytest
 
 from lmd_hf.matrix.cost import exact_flops
 from lmd_hf.records import MatrixRef, Settings, TensorRef, Work
-from lmd_hf.run.shares import EVEN, GRAIN, LEAST_FLOPS, imbalance, loads, share_out
+from lmd_hf.run.shares import BATCH_BYTES, EVEN, GRAIN, LEAST_FLOPS, batched, imbalance, loads, share_out
 
 
 EXACT = Settings(kernel="exact")
@@ -87,3 +87,15 @@ def test_what_is_done_in_a_moment_is_not_cut():
 
 def test_no_works_and_no_cost():
     assert share_out([], EXACT, 3) == (((), (), ()), ((), (), ()))
+
+
+def test_small_works_of_one_shape_are_batched_in_their_order():
+    small = [replace(work(i, 128, 300), bytes=2**20) for i in range(5)]
+    other, large = work(5, 300, 128), work(6, 4096, 4096)
+    sketched = [replace(each, kernel="sketch") for each in small[:2]]
+    works = [large, *small, other, small[0], *sketched]
+    batches = batched(works)
+    assert [each for batch in batches for each in batch] == works
+    assert [len(batch) for batch in batches] == [1, 5, 1, 1, 1, 1]
+    wide = [replace(each, bytes=BATCH_BYTES // 2) for each in small]
+    assert [len(batch) for batch in batched(wide)] == [2, 2, 1]

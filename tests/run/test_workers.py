@@ -1,5 +1,7 @@
 """How many hands, and what they hold."""
 
+import threading
+
 import torch
 from threadpoolctl import threadpool_info
 
@@ -36,3 +38,28 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch):
 def test_on_the_cpu_nothing_is_copied():
     w = torch.ones(3, 4, dtype=torch.bfloat16)
     assert upload(w, torch.device("cpu")) is w
+
+
+def test_worker_threads_take_the_devices_in_turn():
+    """Each its own, whatever device the caller names; `cpu` and `cpu:0` are two names here."""
+    devices = (torch.device("cpu"), torch.device("cpu", 0))
+    barrier = threading.Barrier(4, timeout=10)
+
+    def seen(_):
+        barrier.wait()  # four threads, not one that is quick
+        return workers._hand.device
+
+    with worker_pool(4, 4, devices) as pool:
+        assert sorted(map(str, pool.map(seen, range(4)))) == ["cpu", "cpu", "cpu:0", "cpu:0"]
+    with worker_pool(1, 1) as pool:
+        assert not pool.submit(hasattr, workers._hand, "device").result()
+
+
+def test_all_gpus_are_taken_where_the_name_leaves_the_choice(monkeypatch):
+    monkeypatch.setattr(workers, "pick_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpus = tuple(torch.device("cuda", index) for index in range(3))
+    assert workers.pick_devices("auto") == workers.pick_devices("cuda") == gpus
+    assert workers.pick_devices("cuda:1") == (gpus[1],)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other ranks have theirs
+    assert workers.pick_devices("auto") == (gpus[1],)
