@@ -2,8 +2,10 @@
 
     python benchmarks/gpu.py [--models LLaMA-3-8B,Mixtral-8x7B] [--batches]
 
-With `--batches` instead: small matrices one by one, four streams at a time, against all at once, by short side. Where the
-second stops to pay is what `BATCH_SIDE` in lmd_hf/run/shares.py should be. Every weight is made in main memory just before it is needed, and goes through the workers and streams of `analyze`.
+With `--batches` instead: small matrices one by one, four streams at a time, against all at once, by short side. Where
+the second stops to pay is what `BATCH_SIDE` in lmd_hf/run/shares.py should be.
+
+Every weight is made in main memory just before it is needed, and goes through the workers and streams of `analyze`.
 Beside the whole time stand the shares of each stage in the summed seconds of all streams (making the weight, upload,
 decomposition), and the rate that is reached beside that of a large float64 product on the same card. Needs one CUDA
 device.
@@ -14,6 +16,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -74,12 +78,7 @@ def batches(device: torch.device) -> None:
     for side in (32, 64, 128, 256, 512, 1024):
         matrices = [torch.randn(side, 2 * side, device=device).bfloat16() for _ in range(64)]
         exact_each(matrices[:2])
-        took = []
-        for each in (lambda: one_by_one(matrices, device), lambda: exact_each(matrices)):
-            torch.cuda.synchronize(device)
-            begun = time.perf_counter()
-            each()
-            took.append(time.perf_counter() - begun)
+        took = [seconds(partial(each, matrices, device), device) for each in (one_by_one, at_once)]
         print(f"| {side} | {len(matrices)} | {took[0]:.3f} | {took[1]:.3f} | {took[0] / took[1]:.1f} |")
 
 
@@ -87,6 +86,19 @@ def one_by_one(matrices: list[torch.Tensor], device: torch.device) -> None:
     """As `analyze` does with large ones."""
     with worker_pool(STREAMS, len(matrices)) as pool:
         list(pool.map(lambda w: exact(upload(w, device)), matrices))
+
+
+def at_once(matrices: list[torch.Tensor], device: torch.device) -> None:
+    """As `analyze` does with small ones."""
+    exact_each([upload(w, device) for w in matrices])
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    """What a call takes that ends on the CPU."""
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
 
 
 def main() -> None:
