@@ -179,9 +179,9 @@ def webhook_command(options: argparse.Namespace) -> None:
 
 
 def job_command(options: argparse.Namespace) -> None:
-    """Print the script."""
+    """Print the script, which mounts each model at the commit that it has now."""
     from lmd_hf.hub.batch import listed
-    from lmd_hf.hub.job import script
+    from lmd_hf.hub.job import pinned, script
 
-    text = script(listed(options.list))
+    text = script(pinned(listed(options.list)))
     print(json.dumps({"script": text}) if options.json else text, end="\n" if options.json else "")

@@ -56,7 +56,7 @@ def worker_count(works: list[Work], devices: tuple[torch.device, ...], source: S
         largest = max(8 * math.prod(work.ref.shape) for work in works)
         limit = max(LARGEST_SHARE * largest, MEMORY_PER_CORE * _cores())
     sizes = [work.bytes for work in works]
-    return min(len(devices) * count_workers(sizes, devices[0], limit), len(sizes))
+    return max(1, min(len(devices) * count_workers(sizes, devices[0], limit), len(sizes)))
 
 
 def count_workers(sizes: list[int], device: torch.device, limit: float = math.inf) -> int:

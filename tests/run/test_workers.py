@@ -5,8 +5,12 @@ import threading
 import torch
 from threadpoolctl import threadpool_info
 
+from lmd_hf.records import Settings
 from lmd_hf.run import workers
+from lmd_hf.run.plan import make_plan
 from lmd_hf.run.workers import upload, worker_pool
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
 
 
 def blas():
@@ -63,3 +67,11 @@ def test_all_gpus_are_taken_where_the_name_leaves_the_choice(monkeypatch):
     assert workers.pick_devices("cuda:1") == (gpus[1],)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other ranks have theirs
     assert workers.pick_devices("auto") == (gpus[1],)
+
+
+def test_no_works_leave_one_worker_and_devices_multiply_them(save):
+    source, cpu = open_source(save("llama")), torch.device("cpu")
+    works = list(make_plan(list_matrices(source), source.identity, Settings()).works)
+    assert workers.worker_count([], (cpu,), source) == 1
+    one = workers.worker_count(works, (cpu,), source)
+    assert workers.worker_count(works, (cpu, cpu), source) == min(2 * one, len(works))
