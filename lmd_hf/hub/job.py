@@ -43,7 +43,7 @@ MODELS = {models}
 for place, (model, commit) in enumerate(MODELS.items()):
     show_volume(model, commit, f"{root}/{{place}}")
 failed = 0
-for outcome in annotate_each(MODELS, how="pull"):
+for outcome in annotate_each(list(MODELS), how="pull"):
     print(f"{{outcome.model}}: {{outcome.status}}, {{outcome.reason}} {{outcome.url or ''}}", flush=True)
     failed += outcome.status == "failed"
 sys.exit(failed > 0)

@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -119,3 +122,27 @@ def test_a_job_for_a_model_that_is_not_there_is_one_line(hub, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("org/nothing")
     assert run(["job", str(tmp_path / "list.txt")]) == 1
     assert "org/nothing: no such folder, and no such Hub repository" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queued", [True, False])
+def test_ranks_share_the_models_and_one_prints_the_table(hub, models, tmp_path, queued):
+    files = hub.repos[models[0]].commits[hub.repos[models[0]].branches["main"]]
+    more = [f"{models[0]}-{i}" for i in range(3)]
+    for name in more:
+        hub.add(name, files)
+    flags = ["--queue", str(tmp_path / "q.sqlite")] if queued else []
+    names = [*models, *more, "cli/missing"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lmd_hf", "annotate"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    answer = subprocess.run(
+        [*command, *names, *flags, "--create-pr"], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert answer.returncode == 1, answer.stderr
+    assert [len(hub.repos[name].pulls) for name in names[:-1]] == [1] * 5
+    assert answer.stdout.count("pull request #1 opened") == 5  # one table, in which all are
+    assert "models failed, first cli/missing" in answer.stderr
+    again = subprocess.run(
+        [*command, *models, "--create-pr", "--json"], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert [(o["model"], o["status"]) for o in json.loads(again.stdout)] == [(name, "left") for name in models]
