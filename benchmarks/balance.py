@@ -2,9 +2,9 @@
 
     python benchmarks/balance.py
 
-Imbalance is the load of the busiest rank over the mean load, minus one, in floating-point operations. A matrix is never
-cut, so no plan can be better than the largest matrix over the mean; that bound stands beside it. The shapes are those
-that the models' published configurations give, built on the meta device: nothing is downloaded, no weight exists.
+Imbalance is the load of the busiest rank over the mean load, minus one, in floating-point operations; in brackets, of
+how many matrices the Gram products are shared. The shapes are those that the models' published configurations give,
+built on the meta device: nothing is downloaded, no weight exists.
 """
 
 import torch
@@ -12,6 +12,7 @@ import transformers
 
 from lmd_hf.records import Settings
 from lmd_hf.run.plan import make_plan
+from lmd_hf.run.shares import imbalance, loads
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 
@@ -30,11 +31,6 @@ MODELS = {
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def imbalance(loads: list[float]) -> float:
-    """Busiest over mean, minus one."""
-    return max(loads) / (sum(loads) / len(loads)) - 1
-
-
 def main() -> None:
     """One row a number of ranks, one column a model."""
     plans = {}
@@ -49,9 +45,8 @@ def main() -> None:
         cells = []
         for inventory, identity in plans.values():
             plan = make_plan(inventory, identity, Settings(kernel="exact"), ranks)
-            loads = [sum(plan.works[index].flops for index in shard) for shard in plan.shards]
-            bound = max(0.0, max(work.flops for work in plan.works) / (sum(loads) / ranks) - 1)
-            cells.append(f"{imbalance(loads):.1%} (≥ {bound:.1%})")
+            cut = {piece.work for mine in plan.pieces for piece in mine}
+            cells.append(f"{imbalance(loads(plan.works, plan.shards, plan.pieces)):.1%} ({len(cut)})")
         print(f"| {ranks:,} | {' | '.join(cells)} |")
 
 

@@ -1,6 +1,9 @@
 """Exact decomposition of random bf16 weights in the shapes of LLaMA-3-8B and Mixtral-8x7B, on one GPU.
 
-    python benchmarks/gpu.py [--models LLaMA-3-8B,Mixtral-8x7B]
+    python benchmarks/gpu.py [--models LLaMA-3-8B,Mixtral-8x7B] [--batches]
+
+With `--batches` instead: small matrices one by one, four streams at a time, against all at once, by short side. Where
+the second stops to pay is what `BATCH_SIDE` in lmd_hf/run/shares.py should be.
 
 Every weight is made in main memory just before it is needed, and goes through the workers and streams of `analyze`.
 Beside the whole time stand the shares of each stage in the summed seconds of all streams (making the weight, upload,
@@ -13,12 +16,15 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from lmd_hf.matrix.batched import exact_each
 from lmd_hf.matrix.cost import exact_flops
 from lmd_hf.matrix.kernels import exact
-from lmd_hf.run.workers import count_workers, upload, worker_pool
+from lmd_hf.run.workers import STREAMS, count_workers, upload, worker_pool
 
 
 AIMS = {"LLaMA-3-8B": 45, "Mixtral-8x7B": 240}  # seconds
@@ -65,10 +71,41 @@ def run(shapes: list[tuple[int, int]], device: torch.device) -> tuple[float, Cou
     return time.perf_counter() - begun, stages
 
 
+def batches(device: torch.device) -> None:
+    """Print one row a short side."""
+    print("| short side | matrices | one by one, s | at once, s | times faster |")
+    print("|---|---|---|---|---|")
+    for side in (32, 64, 128, 256, 512, 1024):
+        matrices = [torch.randn(side, 2 * side, device=device).bfloat16() for _ in range(64)]
+        exact_each(matrices[:2])
+        took = [seconds(partial(each, matrices, device), device) for each in (one_by_one, at_once)]
+        print(f"| {side} | {len(matrices)} | {took[0]:.3f} | {took[1]:.3f} | {took[0] / took[1]:.1f} |")
+
+
+def one_by_one(matrices: list[torch.Tensor], device: torch.device) -> None:
+    """As `analyze` does with large ones."""
+    with worker_pool(STREAMS, len(matrices)) as pool:
+        list(pool.map(lambda w: exact(upload(w, device)), matrices))
+
+
+def at_once(matrices: list[torch.Tensor], device: torch.device) -> None:
+    """As `analyze` does with small ones."""
+    exact_each([upload(w, device) for w in matrices])
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    """What a call takes that ends on the CPU."""
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
 def main() -> None:
     """Print one row a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--batches", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a CUDA device with 24 GB of memory or more; there is none here")
@@ -76,6 +113,8 @@ def main() -> None:
     exact(torch.randn(512, 512, device=device))  # the first run loads libraries
     speed = rate(device)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {speed / 1e12:.1f} float64 TFLOP/s\n")
+    if options.batches:
+        return batches(device)
     print("| model | matrices | s | aim, s | made | upload | decompose | share of the card's rate |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.models.split(","):

@@ -63,7 +63,7 @@ def run(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
     except SystemExit as stopped:  # argparse has printed help, the version, or what is wrong with the usage
         return int(stopped.code or 0)
-    if rank() and options.run is not _analyze:  # several processes were started, and one is enough
+    if rank() and not getattr(options, "shared", False):  # several processes were started, and one is enough
         return EXIT_DONE
     debug = os.environ.get("HF_DEBUG", "").upper() in ("1", "ON", "YES", "TRUE")
     try:
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze = commands.add_parser(
         "analyze", parents=[several, fetched, judged, written], help="decompose every matrix of a model, or of several"
     )
-    analyze.set_defaults(run=_analyze)
+    analyze.set_defaults(run=_analyze, shared=True)
     compare = commands.add_parser("compare", parents=[common], help="what changed from one model to another")
     compare.set_defaults(run=_compare)
     for side, what in (("base", "the model before"), ("tuned", "the model after")):

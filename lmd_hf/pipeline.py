@@ -52,14 +52,21 @@ class Request:
     reuse: str | None = None
 
 
-def analyze_one(model: str | Path | nn.Module, request: Request, world: World, factors: Path | None) -> Report:
-    """The report of one model, on every rank the same."""
+def analyze_one(
+    model: str | Path | nn.Module,
+    request: Request,
+    world: World,
+    factors: Path | None,
+    *,
+    begun: Source | None = None,
+) -> Report:
+    """The report of one model, on every rank the same; `begun` is its source where that is open already."""
     started, settings = time.perf_counter(), request.settings
     check_thresholds(request.thresholds)
     background = ThreadPoolExecutor(1)
     try:
         table = background.submit(load_table)  # while the Hub answers
-        source = world.together(lambda: open_source(model, **request.where))
+        source = world.together(lambda: begun or open_source(model, **request.where))
         if found := world.together(lambda: _published(source, request)):
             return found
         earlier = world.together(lambda: _earlier(model, source, request))

@@ -38,7 +38,8 @@ class ModelIdentity:
 @dataclass(frozen=True)
 class TensorRef:
     """One stored tensor: where its bytes lie. `file` is "" for a live module; `start` and `stop` count from the
-    beginning of the file; `dtype` is written as safetensors does (BF16, F32 …)."""
+    beginning of the file; `dtype` is written as safetensors does (BF16, F32 …). `declared` is the class and the shape
+    of the weight that it holds the values of, where the file's metadata name them (torchao)."""
 
     name: str
     file: str
@@ -46,6 +47,7 @@ class TensorRef:
     stop: int
     dtype: str
     shape: tuple[int, ...]
+    declared: tuple[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,16 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows start…stop of the long side of a matrix, `work` its place in the plan, whose part of the Gram product a rank
+    makes for the matrix's owner."""
+
+    work: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a plan costs on one machine: bytes to fetch from the Hub, seconds of decomposition, bytes of memory. In the
     metric `data` also how often the model runs over the data, and the bytes of all that is gathered of its inputs."""
@@ -248,7 +260,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, from headers alone. `shards[rank]` holds indices into `works`, most expensive first.
+    """What will be done, from headers alone. `shards[rank]` holds indices into `works`, most expensive first, and
+    `pieces[rank]` what that rank sums of matrices that are cut, its own ones included.
 
     `estimate` depends on the machine and is `None` until it was measured there.
     """
@@ -257,6 +270,7 @@ class Plan:
     settings: Settings
     works: tuple[Work, ...]
     shards: tuple[tuple[int, ...], ...]
+    pieces: tuple[tuple[Piece, ...], ...]
     skipped: tuple[Skipped, ...]
     aliases: tuple[Alias, ...]
     parameters: int

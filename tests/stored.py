@@ -155,6 +155,44 @@ def hqq(w: Tensor, bits: int) -> Stored:
     return tensors, ((codes.double() - zero.double()) * scale.double()).reshape(w.shape)
 
 
+def torchao_int4(w: Tensor, size: int = 64) -> Stored:
+    """`Int4Tensor` by FBGEMM's `int4_row_quantize_zp`: z is the value of code 8 of 15, codes are stored less 8."""
+    parts = w.reshape(w.shape[0], -1, size)
+    low, high = parts.amin(-1), parts.amax(-1)
+    scale = (high - low) / 15
+    codes = ((parts - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int8).reshape(w.shape) - 8
+    scale, zero = scale.bfloat16(), (low + 8 * scale).bfloat16()
+    packed = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+    tensors = {"_weight_qdata": packed, "_weight_scale": scale.T, "_weight_zero_point": zero.T}
+    spread = [grid.double().repeat_interleave(size, 1) for grid in (scale, zero)]
+    return tensors, codes.double() * spread[0] + spread[1]
+
+
+def tile_order(codes: Tensor, inner: int = 8) -> Tensor:
+    """Word by word as `matrix_to_m16n8k16_Bint4_layout` writes it: `inner` tiles of 16 columns a lane, two a word."""
+    rows, columns = codes.shape
+    words = torch.zeros(rows // 8, columns // (16 * inner), 32, inner // 2, dtype=torch.int64)
+    for tile, block, lane, word in np.ndindex(words.shape):
+        row, start = 8 * tile + lane // 4, (block * inner + 2 * word) * 16 + 2 * (lane % 4)
+        pairs = [start, start + 8, start + 16, start + 24]
+        places = [*pairs, *(pair + 1 for pair in pairs)]
+        words[tile, block, lane, word] = sum(int(codes[row, k]) << 4 * i for i, k in enumerate(places))
+    return torch.from_numpy(words.numpy().astype(np.uint32).view(np.int32))
+
+
+def scale_order(scale: Tensor) -> Tensor:
+    """Scales as cuBLAS wants them: blocks of 128 × 4, line b of a block holding its rows b, 32 + b, 64 + b, 96 + b."""
+    rows, groups = scale.shape
+    padded = torch.nn.functional.pad(scale.view(torch.uint8), (0, -groups % 4, 0, -rows % 128))
+    lines = [
+        torch.cat([padded[top + line + 32 * a, left : left + 4] for a in range(4)])
+        for top in range(0, padded.shape[0], 128)
+        for left in range(0, padded.shape[1], 4)
+        for line in range(32)
+    ]
+    return torch.stack(lines).reshape(padded.shape[0] // 4, -1).view(scale.dtype)
+
+
 def weight_norm(w: Tensor) -> Stored:
     """A direction and the length of every row."""
     length = w.double().norm(dim=1, keepdim=True)
@@ -178,5 +216,6 @@ FORMATS: dict[str, Callable[[Tensor], Stored]] = {
         for nested in (False, True)
     },
     **{f"hqq, {bits} bits": lambda w, bits=bits: hqq(w, bits) for bits in (1, 2, 3, 4, 8)},
+    "torchao int4": torchao_int4,
     "weight norm": weight_norm,
 }

@@ -16,8 +16,12 @@ from lmd_hf.hub import repository
 from lmd_hf.hub.etiquette import TITLE, Decision, Look, Marks, decide
 from lmd_hf.hub.metadata import add_tag
 from lmd_hf.hub.section import place
+from lmd_hf.pipeline import Request, analyze_one
+from lmd_hf.records import Settings
 from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.report.summary import numbers_digest, summary_text
+from lmd_hf.run.world import World
+from lmd_hf.weights.source import Source, open_source
 
 
 if TYPE_CHECKING:
@@ -81,21 +85,42 @@ def draft(card: str | None, report: "Report", *, weights: str = "local") -> Draf
     return Draft(before, after, {"README.md": after.encode(), **beside}, marks, notes)
 
 
-def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None) -> Outcome:
-    """Put the LMD section into a repository's card: as a diff (`dry`), a pull request (`pull`) or a commit (`push`).
+@dataclass(frozen=True)
+class Begun:
+    """A repository before the analysis: what was seen there, what may be done, and the headers of its weights, `None`
+    where nothing may."""
 
-    Whatever was refused, opted out of or said before is left alone (`etiquette.decide`); weights are only read when
-    something may come of it. Raises `SourceError` where the repository cannot be read or written, `FormatError` for a
-    card that a person has to mend, `SettingsError` without a token where one is needed.
-    """
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
-    look = _look(api, model, how)
+    look: Look
+    early: Decision
+    source: Source | None
+
+
+def begin(model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None) -> Begun:
+    """All that comes before the weights themselves, from the Hub alone. Raises what `annotate` does."""
+    look = _look(_api(token), model, how)
     if how != "dry" and look.me is None:
         raise SettingsError(f"{model}: writing needs a token with write access; `hf auth login`")
     early = decide(look, {"weights": look.weights, "lmd_hf": __version__}, force=force)
-    if early.action == "nothing":
-        return Outcome(model, "left", early.reason)
-    report = analyze(model, revision=look.commit, heads=True, token=token)
+    source = None if early.action == "nothing" else open_source(model, revision=look.commit, token=token)
+    return Begun(look, early, source)
+
+
+def annotate(
+    model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None, begun: Begun | None = None
+) -> Outcome:
+    """Put the LMD section into a repository's card: as a diff (`dry`), a pull request (`pull`) or a commit (`push`).
+
+    Whatever was refused, opted out of or said before is left alone (`etiquette.decide`); weights are only read when
+    something may come of it. `begun` is what `begin` gave for the same arguments a while ago: before anything is
+    written, the repository is looked at again. Raises `SourceError` where the repository cannot be read or written,
+    `FormatError` for a card that a person has to mend, `SettingsError` without a token where one is needed.
+    """
+    api = _api(token)
+    begun = begun or begin(model, how=how, force=force, token=token)
+    look = begun.look
+    if begun.source is None:
+        return Outcome(model, "left", begun.early.reason)
+    report = analyze_one(model, Request(Settings(heads=True)), World(), None, begun=begun.source)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
     analysed = look.weights
@@ -132,6 +157,10 @@ def annotate_file(model: str, path: Path, *, token: str | bool | None = None) ->
     write_folder(path.parent / "lmd", {Path(name).name: bytes_writer(data) for name, data in files.items()})
     write_folder(path.parent, {path.name: bytes_writer(made.files["README.md"])})
     return made
+
+
+def _api(token: str | bool | None) -> HfApi:
+    return HfApi(token=token, library_name="lmd-hf", library_version=__version__)
 
 
 def _look(api: HfApi, model: str, how: How) -> Look:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lmd_hf.errors import SettingsError, SourceError
 
 if TYPE_CHECKING:
     from lmd_hf.hub.annotate import Outcome
+    from lmd_hf.run.world import World
 
 
 def add_annotate(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def add_annotate(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="keep the list and what became of each in this SQLite file, and go on there after an interruption",
     )
-    parser.set_defaults(run=annotate_command)
+    parser.set_defaults(run=annotate_command, shared=True)
     webhook = commands.add_parser(
         "webhook", parents=[common], help="annotate models when the Hub says that they changed"
     )
@@ -56,20 +58,33 @@ def add_annotate(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def annotate_command(options: argparse.Namespace) -> None:
-    """Annotate the models that the options name, and tell of each. Raises `SourceError` if one failed."""
+    """Annotate the models that the options name, shared by the ranks of a launcher, and tell of each. Raises
+    `SourceError` if one failed."""
+    from lmd_hf.run.world import join
+
     if options.quiet or options.json:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-    models = _models(options)
+    world = join()
+    models = world.gather(world.together(lambda: _models(options) if world.rank == 0 else []))[0]
     if options.to is not None:
-        _edit_local(models, options)
-        return
+        world.together(lambda: _edit_local(models, options) if world.rank == 0 else None)
+        return world.leave()
     outcomes = []
-    for outcome in _outcomes(models, options):
+    for outcome in _outcomes(models, options, world):
         outcomes.append(outcome)
         if not options.json:
             _tell(outcome, options)
+    shares = world.gather(outcomes)
+    world.leave()
+    if world.rank == 0:
+        places = {model: place for place, model in enumerate(models)}
+        _conclude(sorted(chain(*shares), key=lambda outcome: places.get(outcome.model, -1)), options)
+
+
+def _conclude(outcomes: "list[Outcome]", options: argparse.Namespace) -> None:
+    """What became of all models, once they are done."""
     if options.json:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=1, ensure_ascii=False))
     elif len(outcomes) > 1 and not options.quiet:
@@ -94,8 +109,9 @@ def _models(options: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(models))
 
 
-def _outcomes(models: list[str], options: argparse.Namespace) -> "Iterator[Outcome]":
-    """Through the queue where one is named and something is written; a dry run leaves the queue as it is."""
+def _outcomes(models: list[str], options: argparse.Namespace, world: "World") -> "Iterator[Outcome]":
+    """This rank's share, through the queue where one is named and something is written; a dry run leaves the queue as
+    it is."""
     from lmd_hf.hub.batch import annotate_each, listed, work_off
     from lmd_hf.hub.queue import Queue
 
@@ -103,13 +119,13 @@ def _outcomes(models: list[str], options: argparse.Namespace) -> "Iterator[Outco
     skip = listed(options.skip_list) if options.skip_list is not None else []
     chosen: dict[str, Any] = {"how": how, "skip": skip, "force": options.force}
     if options.queue is None:
-        return annotate_each(models, **chosen)
+        return annotate_each(models, **chosen, world=world)
     queue = Queue(options.queue)
     if how != "dry":
-        queue.add(models)
+        world.together(lambda: queue.add(models) if world.rank == 0 else 0)  # before any rank finds it empty
         return work_off(queue, **chosen)
     waiting = [entry.model for entry in queue.entries() if entry.state == "waiting"]
-    return annotate_each(dict.fromkeys([*waiting, *models]), **chosen)
+    return annotate_each(list(dict.fromkeys([*waiting, *models])), **chosen, world=world)
 
 
 def _edit_local(models: list[str], options: argparse.Namespace) -> None:
@@ -179,9 +195,9 @@ def webhook_command(options: argparse.Namespace) -> None:
 
 
 def job_command(options: argparse.Namespace) -> None:
-    """Print the script."""
+    """Print the script, which mounts each model at the commit that it has now."""
     from lmd_hf.hub.batch import listed
-    from lmd_hf.hub.job import script
+    from lmd_hf.hub.job import pinned, script
 
-    text = script(listed(options.list))
+    text = script(pinned(listed(options.list)))
     print(json.dumps({"script": text}) if options.json else text, end="\n" if options.json else "")

@@ -79,7 +79,10 @@ def decide(look: Look, marks: Marks, *, force: bool = False) -> Decision:
 
 def refusal(look: Look, *, force: bool = False) -> Decision | None:
     """What no numbers can change: an opt-out, a disabled repository and, unless `force`, an own pull request that was
-    closed unmerged, or merged and its section removed later."""
+    closed unmerged, or merged and its section removed later.
+
+    An archive is not among them: the Hub has no such state of a repository (`ModelInfo` knows disabled, gated and
+    private), and what its owner writes into the card's text nobody can rely on; `lmd: false` is the way to say it."""
     if look.disabled:
         return Decision("nothing", "the Hub has disabled this repository")
     if opted_out(look.card or ""):

@@ -71,6 +71,12 @@ class Queue:
             ).fetchone()
             return None if row is None else Entry(*row)
 
+    def peek(self) -> str | None:
+        """The model that `take` would give now; another process may take it first."""
+        with self._open() as file:
+            row = file.execute("SELECT model FROM models WHERE state = 'waiting' ORDER BY rowid LIMIT 1").fetchone()
+            return None if row is None else str(row[0])
+
     def finish(self, entry: Entry, state: str, told: str, url: str | None = None) -> None:
         """What became of a model that was taken. A failed one waits again until it was tried `ATTEMPTS` times."""
         if state == "failed" and entry.attempts < ATTEMPTS:

@@ -11,9 +11,19 @@ PROBES, LANCZOS = 32, 24  # quadrature: 32 probes give Student's t its meaning, 
 MOST = 128  # leading triplets that are refined and reported at most
 
 
+def gram_flops(long: int, short: int) -> float:
+    """Half of the Gram product: it is symmetric."""
+    return float(long) * short**2
+
+
+def eigen_flops(short: int) -> float:
+    """The eigenvalues of a k × k matrix."""
+    return EIGEN_FLOPS * short**3
+
+
 def exact_flops(long: int, short: int) -> float:
-    """Cost of the exact kernel: half of the Gram product (it is symmetric) and the eigenvalues of a k × k matrix."""
-    return long * short**2 + EIGEN_FLOPS * short**3
+    """Cost of the exact kernel."""
+    return gram_flops(long, short) + eigen_flops(short)
 
 
 def krylov_flops(long: int, short: int, steps: int = STEPS) -> float:

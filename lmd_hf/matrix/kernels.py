@@ -36,7 +36,7 @@ SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more th
 TALL = 2  # so does taking all eigenvectors, unless W is more than twice as long as wide
 
 
-def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
+def exact(w_OI: Float[Tensor, "O I"], *, gram: Float[Tensor, "k k"] | None = None) -> Spectrum:
     """All singular values from the eigenvalues of the float64 Gram matrix of the short side.
 
     G = WᵀW (or WWᵀ, whichever is k × k) and σᵢ = √λᵢ(G). An eigenvalue's absolute error is some u·λ₁ (backward
@@ -53,13 +53,13 @@ def exact(w_OI: Float[Tensor, "O I"]) -> Spectrum:
     if w_OI.numel() == 0:
         raise ValueError(f"empty matrix of shape {tuple(w_OI.shape)}")
     w_LK = w_OI if w_OI.shape[0] >= w_OI.shape[1] else w_OI.T
-    scale = _power_of_two(w_LK)
-    gram = _gram(w_LK, scale)
+    scale = power_of_two(w_LK)
+    gram = lower_gram(w_LK, scale) if gram is None else gram.to(w_LK.device)
     if not torch.isfinite(gram.diagonal()).all():  # where one NaN or infinity in W arrives
         raise ValueError("the matrix holds NaN or infinity")
     values = _eigenvalues(gram).flip(0).clamp_min(0).sqrt()
-    if _gram_error(values) <= ACCURACY:
-        return Spectrum(values * scale, _gram_error(values), "gram")
+    if gram_error(values) <= ACCURACY:
+        return Spectrum(values * scale, gram_error(values), "gram")
     small = int((values < RITZ_CUT * values[0]).sum())
     refined = _ritz_values(w_LK, values, small, scale)
     if refined is not None:
@@ -119,7 +119,7 @@ def get_kernel(name: str) -> Callable[..., Spectrum]:
     return KERNELS[name]
 
 
-def _power_of_two(w: Tensor) -> float:
+def power_of_two(w: Tensor) -> float:
     """A power of two near max|W|, so that squares of float64 entries neither overflow nor vanish; 1 for shorter types,
     whose squares always fit."""
     if w.dtype != torch.float64:
@@ -137,7 +137,7 @@ def _chunks(w_LK: Tensor, scale: float) -> Iterator[Tensor]:
         yield chunk if scale == 1 else chunk.div_(scale)
 
 
-def _gram(w_LK: Tensor, scale: float) -> Tensor:
+def lower_gram(w_LK: Tensor, scale: float = 1.0) -> Tensor:
     """Σ over chunks of the long side of chunkᵀ·chunk, in float64 on W's device (where TF32 does not apply); on the CPU
     only its lower triangle, which is all that LAPACK reads."""
     gram = w_LK.new_zeros(w_LK.shape[1], w_LK.shape[1], dtype=torch.float64)
@@ -185,7 +185,7 @@ def _ritz_values(w_LK: Tensor, values: Tensor, count: int, scale: float) -> Tens
     tall = w_LK.shape[0] > TALL * w_LK.shape[1]
     if size is None and not (tall and count <= SMALL_SHARE * len(values)):
         return None
-    gram = _gram(w_LK, scale)  # again: its eigenvalues may have been found in its place
+    gram = lower_gram(w_LK, scale)  # again: its eigenvalues may have been found in its place
     q: Tensor | None
     if size is not None:
         q = smallest.smallest_subspace(gram, values**2, count, size)
@@ -196,7 +196,7 @@ def _ritz_values(w_LK: Tensor, values: Tensor, count: int, scale: float) -> Tens
     return None if q is None else _singular_values(torch.cat([chunk @ q for chunk in _chunks(w_LK, scale)]))[-count:]
 
 
-def _gram_error(values: Tensor) -> float:
+def gram_error(values: Tensor) -> float:
     """8u·((σ₁/σᵢ)² + √k) at the smallest value; one below FLOOR counts at FLOOR, where the Gram route must be left."""
     if values[0] == 0:
         return 0.0

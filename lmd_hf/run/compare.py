@@ -56,7 +56,7 @@ def compare_all(
         matrices=tuple(o for o in ordered if isinstance(o, MatrixChange)),
         vectors=tuple(o for o in ordered if isinstance(o, VectorChange)),
         unmatched=tuple(o for o in ordered if isinstance(o, Unmatched)),
-        environment=environment(where, workers) | traffic(base, tuned),
+        environment=environment((where,), workers) | traffic(base, tuned),
         timing={"compare": time.perf_counter() - started},
     )
 

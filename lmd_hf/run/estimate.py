@@ -14,7 +14,7 @@ from lmd_hf.run.activations import input_bytes, passes
 from lmd_hf.run.in_data import memory_limit
 from lmd_hf.run.plan import expected_inputs
 from lmd_hf.run.read_ahead import ROOM, merged, spans
-from lmd_hf.run.workers import pick_device, worker_count, worker_pool
+from lmd_hf.run.workers import pick_devices, upload, worker_count, worker_pool
 from lmd_hf.weights.source import FileSource, Source
 
 
@@ -32,12 +32,12 @@ def estimate(plan: Plan, source: Source) -> Estimate:
     works = list(plan.works)
     reads = merged(span for work in works for span in spans(work.ref))
     remote = [span for span in reads if isinstance(source, FileSource) and not source.on_disk(span.tensor.file)]
-    device = pick_device(plan.settings.device)
-    workers = worker_count(works, device, source)
+    devices = pick_devices(plan.settings.device)
+    workers = worker_count(works, devices, source)
     flops = sum(work.flops for work in works)
     ahead = max(ROOM, max((span.bytes for span in reads), default=0))
     largest = max((work.bytes for work in works), default=0)
-    number, gathered = _forward_passes(plan, device)
+    number, gathered = _forward_passes(plan, devices[0])
     fetched = sum(span.bytes for span in remote)
     if plan.settings.data is not None and isinstance(source, FileSource):  # the model is loaded whole
         fetched = sum(file.bytes for file in source.identity.files if not source.on_disk(file.name))
@@ -45,7 +45,7 @@ def estimate(plan: Plan, source: Source) -> Estimate:
         passes=number,
         input_bytes=gathered,
         fetch_bytes=fetched,
-        seconds=flops / flops_per_second(device, workers, len(works), _usual_side(works)) if works else 0.0,
+        seconds=flops / flops_per_second(devices, workers, len(works), _usual_side(works)) if works else 0.0,
         memory_bytes=psutil.Process().memory_info().rss + workers * largest + ahead,
     )
 
@@ -69,13 +69,13 @@ def _usual_side(works: list[Work]) -> int:
 
 
 @lru_cache(maxsize=64)
-def flops_per_second(device: torch.device, workers: int, matrices: int, side: int) -> float:
+def flops_per_second(devices: tuple[torch.device, ...], workers: int, matrices: int, side: int) -> float:
     """What all workers together reach with the exact kernel on 2·side × side matrices, in half a second."""
-    w = torch.randn(2 * side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    with worker_pool(workers, matrices) as pool:
-        pool.submit(get_kernel("exact"), w[:64, :64]).result()  # the first run loads libraries
+    w = torch.randn(2 * side, side, generator=torch.Generator().manual_seed(0))
+    with worker_pool(workers, matrices, devices) as pool:
+        pool.submit(get_kernel("exact"), upload(w[:64, :64], devices[0])).result()  # the first run loads libraries
         begun = time.perf_counter()
-        runs = sum(pool.map(lambda _: _runs_until(begun + PROBE_SECONDS, w), range(workers)))
+        runs = sum(pool.map(lambda _: _runs_until(begun + PROBE_SECONDS, upload(w, devices[0])), range(workers)))
         return runs * exact_flops(2 * side, side) / (time.perf_counter() - begun)
 
 

@@ -3,32 +3,39 @@
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.matrix.batched import exact_each
 from lmd_hf.matrix.metrics import Metric, norm
+from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
 from lmd_hf.run.factors import is_written, write_factors
 from lmd_hf.run.in_data import Round, Sight, input_metric, measure_in_data, rounds
 from lmd_hf.run.journal import PLACE, Journal, Keys, content_key, place_key
 from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
-from lmd_hf.run.workers import pick_device, upload, worker_count, worker_pool
+from lmd_hf.run.shares import batched
+from lmd_hf.run.sums import Sums, shared_sums
+from lmd_hf.run.workers import pick_devices, upload, worker_count, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.source import FileSource, Source
 from lmd_hf.weights.stored import Stored, read_stored
 
 
+BATCHED_ON = ("cuda",)  # on a CPU a core is filled by one matrix
+
+T = TypeVar("T")
 Outcome = MatrixReport | tuple[Skipped, ...] | Alias
 Begun = Future[Spectra]
 
@@ -56,10 +63,10 @@ def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadSta
     A spectrum depends on which entries of a stored tensor form the matrix, not on role or orientation, so what was
     planned from names alone stays valid wherever the final plan cuts the same matrix.
     """
-    bench = Bench(plan, source, Output(journal), pick_device(plan.settings.device))
+    bench = Bench(plan, source, Output(journal), pick_devices(plan.settings.device))
     works = [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
-    workers = worker_count(works, bench.device, source)
-    with worker_pool(workers, len(works)) as pool, reading_ahead(source, works) as reads:
+    workers = worker_count(works, bench.devices, source)
+    with worker_pool(workers, len(works), bench.devices) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)
 
 
@@ -91,7 +98,8 @@ def execute(
     """Decompose this rank's share of a plan, most expensive matrix first, gather the others' and return rows in the
     plan's order; on every rank the same.
 
-    On the CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
+    The pieces of matrices that are cut come first, so that their owners, who take those up last, need not wait. On the
+    CPU one worker thread a core, each with one BLAS thread: small eigenproblems do not profit from more. A
     matrix that cannot be done becomes `Skipped`; the others go on. What the journal of `output` holds is not computed
     again, nor read where its file's hash is known; `ahead` holds what a head start has done or is doing.
     `progress` is called, in this thread, after each matrix. In the metric `data` the model runs first, and again where
@@ -99,7 +107,7 @@ def execute(
     """
     started = time.perf_counter()
     world = world or World()
-    bench = Bench(plan, source, output or Output(), pick_device(plan.settings.device))
+    bench = Bench(plan, source, output or Output(), pick_devices(plan.settings.device))
     indices = plan.shards[world.rank]
     shares: list[Share] = []
     notes: list[str] = []
@@ -107,10 +115,11 @@ def execute(
     for sighted in rounds(plan, source, bench.device, world):
         begun = time.perf_counter()
         notes += sighted.notes
-        shares.append(world.together(partial(_do_round, bench, sighted, indices, ahead, progress)))
+        with shared_sums(plan, bench.is_finished, source, world=world, device=bench.device) as sums:
+            shares.append(world.together(partial(_do_round, bench, sighted, indices, sums, ahead, progress)))
         decomposing += time.perf_counter() - begun
-    workers = worker_count([plan.works[index] for index in indices], bench.device, source)
-    results = _results(world.gather(_merged(shares)), environment(bench.device, workers))
+    workers = worker_count([plan.works[index] for index in indices], bench.devices, source)
+    results = _results(world.gather(_merged(shares)), environment(bench.devices, workers))
     spent = time.perf_counter() - started
     timing = (
         {"execute": decomposing} if plan.settings.data is None else {"run": spent - decomposing, "execute": decomposing}
@@ -122,12 +131,18 @@ def _do_round(
     bench: "Bench",
     sighted: Round,
     indices: tuple[int, ...],
+    sums: Sums,
     ahead: HeadStart | None,
     progress: Callable[[Work], None] | None,
 ) -> Share:
-    """This rank's matrices of one round."""
-    mine = tuple(index for index in indices if index in sighted.indices)
-    return _do(replace(bench, sights=sighted.seen), mine, ahead.take_over() if ahead is not None else {}, progress)
+    """This rank's matrices of one round; last, one after the other, those that others have helped with."""
+    mine = tuple(index for index in indices if index in sighted.indices and index not in sums.mine)
+    bench = replace(bench, sights=sighted.seen)
+    shares = [_do(bench, mine, ahead.take_over() if ahead is not None else {}, progress)]
+    for index in sums.mine:
+        helped = replace(bench, grams={bench.plan.works[index]: sums.of(index)})
+        shares.append(_do(helped, (index,), {}, progress))
+    return _merged(shares)
 
 
 def _merged(shares: list[Share]) -> Share:
@@ -149,16 +164,20 @@ def _do(
     ready = {work for work in places if _entries(work.ref) in begun or bench.is_finished(work)}
     works = [work for work in places if work not in ready]
     outcomes: dict[int, Outcome] = {}
-    workers = worker_count(list(places), bench.device, bench.source)
-    with worker_pool(workers, len(places)) as pool, reading_ahead(bench.source, works) as reads:
-        futures = {
-            pool.submit(bench.outcome, reads, work, begun.get(_entries(work.ref))): work
-            for work in (*(work for work in places if work in ready), *reads.works)
-        }
+    workers = worker_count(list(places), bench.devices, bench.source)
+    with (
+        worker_pool(workers, len(places), bench.devices) as pool,
+        reading_ahead(bench.source, works) as reads,
+    ):
+        jobs: list[tuple[tuple[Work, ...], Begun | None]]
+        jobs = [((work,), begun.get(_entries(work.ref))) for work in places if work in ready]
+        jobs += [(batch, None) for batch in bench.batches(reads.works)]
+        futures = {pool.submit(bench.outcomes, reads, batch, known): batch for batch, known in jobs}
         for future in as_completed(futures):
-            outcomes[places[futures[future]]] = future.result()
-            if progress is not None:
-                progress(futures[future])
+            for work, outcome in zip(futures[future], future.result(), strict=True):
+                outcomes[places[work]] = outcome
+                if progress is not None:
+                    progress(work)
     return Share(outcomes, bench.output.journal.reused)
 
 
@@ -187,8 +206,15 @@ class Bench:
     plan: Plan
     source: Source
     output: Output
-    device: torch.device
+    devices: tuple[torch.device, ...]
     sights: dict[Work, Sight] = field(default_factory=dict)
+    grams: dict[Work, torch.Tensor | None] = field(default_factory=dict)
+    found: dict[Work, Spectrum] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """The first of the devices, which are all of one type."""
+        return self.devices[0]
 
     @cached_property
     def _hashes(self) -> dict[str, str | None]:
@@ -215,13 +241,33 @@ class Bench:
             return to_row(ref, begun.result(), kernel=work.kernel)
         if self.is_finished(work) and (kept := self.output.journal.find(self.place(work))):
             return to_row(ref, kept, kernel=work.kernel)
-        try:
-            with reads.taking(work):
-                return self._measured(reads, work, read_stored(reads, ref))
-        except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
-            return _skipped(ref, str(error))
-        except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
-            return _skipped(ref, f"{UNREAD}: {error}")
+        with reads.taking(work):
+            return _or_skipped(ref, lambda: self._measured(reads, work, read_stored(reads, ref)))
+
+    def batches(self, works: Sequence[Work]) -> list[tuple[Work, ...]]:
+        """The works in their order, small ones of one shape together where the device is one that they do not fill."""
+        together = self.device.type in BATCHED_ON and self._is_identity()
+        return batched(works) if together else [(work,) for work in works]
+
+    def outcomes(self, reads: ReadAhead, batch: tuple[Work, ...], begun: Begun | None = None) -> list[Outcome]:
+        """The row of one matrix, or the rows of several of one shape, whose spectra are found at once."""
+        if len(batch) == 1:
+            return [self.outcome(reads, batch[0], begun)]
+        with ExitStack() as taken:
+            for work in batch:
+                taken.enter_context(reads.taking(work))
+            read = {work: _or_skipped(work.ref, partial(read_stored, reads, work.ref)) for work in batch}
+            stored = {work: each for work, each in read.items() if isinstance(each, Stored)}
+            dense = {w: s.matrix for w, s in stored.items() if isinstance(s.matrix, torch.Tensor)}
+            spectra = exact_each([upload(w, self.device) for w in dense.values()]) if dense else []
+            found = {w: each for w, each in zip(dense, spectra, strict=True) if isinstance(each, Spectrum)}
+            helped = replace(self, found=found)
+            return [
+                _or_skipped(work.ref, partial(helped._measured, reads, work, each))
+                if isinstance(each, Stored)
+                else each
+                for work, each in read.items()
+            ]
 
     def _is_identity(self) -> bool:
         return self.plan.settings.metric == "identity"
@@ -245,14 +291,19 @@ class Bench:
         gain = read_metric(reads, work.ref, self.plan.settings.metric)
         journal = self.output.journal
         if journal.folder is None and self.output.factors is None:
-            return measure(work, _moved(stored, self.device), gain)
+            return self._computed(work, stored, gain)
         keys = Keys(content_key(work.ref, stored, gain, procedure(work), self.device), self.place(work))
         spectra = journal.find(keys.content)
         if spectra is None:
-            spectra = measure(work, _moved(stored, self.device), gain)
+            spectra = self._computed(work, stored, gain)
             journal.add(keys, spectra)
         self._write_factors(work.ref, stored, None if gain is None else norm(gain), keys)
         return spectra
+
+    def _computed(self, work: Work, stored: Stored, gain: torch.Tensor | None) -> Spectra:
+        if work in self.found:
+            return Spectra(self.found[work], None, stored.rounding)
+        return measure(work, _moved(stored, self.device), gain, gram=self.grams.pop(work, None))
 
     def _in_data(self, work: Work, stored: Stored) -> Spectra:
         sight = self.sights[work]
@@ -278,6 +329,16 @@ def _moved(stored: Stored, device: torch.device) -> Stored:
     return stored if isinstance(stored.matrix, Factored) else replace(stored, matrix=upload(stored.matrix, device))
 
 
+def _or_skipped(ref: MatrixRef, step: Callable[[], T]) -> T | tuple[Skipped, ...]:
+    """What a step gives, or why a matrix has none."""
+    try:
+        return step()
+    except (NoDataError, ValueError) as error:  # no data, or packed tensors that do not fit together
+        return _skipped(ref, str(error))
+    except (SourceError, FormatError) as error:  # the file is gone, or damaged since: what is done stays done
+        return _skipped(ref, f"{UNREAD}: {error}")
+
+
 def _skipped(ref: MatrixRef, reason: str) -> tuple[Skipped, ...]:
     return tuple(Skipped(name, shape, reason) for name, shape in pieces(ref))
 
@@ -289,13 +350,14 @@ def _repeated(source: Source, ref: MatrixRef, device: torch.device) -> torch.Ten
     return value.T if ref.transposed else value
 
 
-def environment(device: torch.device, workers: int) -> dict[str, Any]:
-    """What ran the work: versions, device and threads."""
+def environment(devices: tuple[torch.device, ...], workers: int) -> dict[str, Any]:
+    """What ran the work: versions, devices and threads."""
+    names = Counter(torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),  # importing it would take seconds
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": ", ".join(f"{count} × {name}" if count > 1 else name for name, count in names.items()),
         "processes": 1,
         "threads": workers,
     }

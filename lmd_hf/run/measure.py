@@ -63,10 +63,11 @@ def procedure(work: Work) -> str:
     return f"{work.kernel} {work.tolerance!r} {work.ref.name}|{work.ref.expert}|{work.ref.rows}"
 
 
-def measure(work: Work, stored: Stored, gain: torch.Tensor | None) -> Spectra:
-    """The spectra of W, by the planned kernel. Raises `ValueError` for NaN and infinity, in W or in the gain."""
+def measure(work: Work, stored: Stored, gain: torch.Tensor | None, *, gram: torch.Tensor | None = None) -> Spectra:
+    """The spectra of W, by the planned kernel; `gram` is W's Gram matrix where other ranks have summed it. Raises
+    `ValueError` for NaN and infinity, in W or in the gain."""
     w_OI = stored.matrix
-    raw = spectrum(work, w_OI)
+    raw = spectrum(work, w_OI) if gram is None else spectrum_of(w_OI, work.kernel, gram=gram)
     if gain is None or isinstance(w_OI, Factored):
         return Spectra(raw, None, stored.rounding)
     scaled = norm(gain.to(w_OI.device)).power_times(0.5, w_OI.to(torch.float64).T).T

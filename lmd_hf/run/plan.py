@@ -1,8 +1,7 @@
-"""What will be done, from headers alone: selection, kernel, cost and shards. Pure."""
+"""What will be done, from headers alone: selection, kernel and cost. Pure."""
 
 import dataclasses
 import fnmatch
-import heapq
 import re
 from collections.abc import Callable, Iterable
 
@@ -10,6 +9,7 @@ from lmd_hf.circuits import HeadRef, MlpRef
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_bytes, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.run.shares import share_out
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.mlps import list_mlps, mlp_matrices
@@ -20,7 +20,7 @@ EXPERTS = r"(?<!shared_)experts\."  # one tensor each, and loaded into one param
 
 
 def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
-    """Which matrices are done, at what cost, by which of `world_size` ranks (longest processing time first).
+    """Which matrices are done, at what cost, by which of `world_size` ranks (`share_out`).
 
     Unselected matrices become `Skipped` with the reason `not selected`. Raises `SettingsError` for an unknown role,
     metric or kernel, a layer list that cannot be read, and a selection that leaves nothing.
@@ -32,11 +32,13 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     others = [ref for ref in inventory.selected if id(ref) not in kept]
     unselected = [Skipped(name, shape, "not selected") for ref in others for name, shape in pieces(ref)]
     works = tuple(_work(ref, settings) for ref in chosen)
+    shards, cut = share_out(works, settings, world_size)
     return Plan(
         identity=identity,
         settings=settings,
         works=works,
-        shards=_shards(works, world_size),
+        shards=shards,
+        pieces=cut,
         skipped=inventory.skipped + tuple(unselected),
         aliases=inventory.aliases,
         parameters=inventory.parameters,
@@ -189,14 +191,3 @@ def _kernel(asked: str, short: int) -> str:
     if asked == "auto":
         return "sketch" if short > EXACT_SIDE else "exact"
     return asked
-
-
-def _shards(works: tuple[Work, ...], world_size: int) -> tuple[tuple[int, ...], ...]:
-    """Longest processing time first: always give the next most expensive matrix to the least loaded rank."""
-    loads = [(0.0, rank) for rank in range(world_size)]
-    shards: list[list[int]] = [[] for _ in range(world_size)]
-    for index in sorted(range(len(works)), key=lambda i: (-works[i].flops, i)):
-        load, rank = heapq.heappop(loads)
-        shards[rank].append(index)
-        heapq.heappush(loads, (load + works[index].flops, rank))
-    return tuple(map(tuple, shards))

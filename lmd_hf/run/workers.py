@@ -1,5 +1,6 @@
 """The hands: which device, how many matrices at one time, how many threads each."""
 
+import itertools
 import math
 import os
 import threading
@@ -37,7 +38,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def worker_count(works: list[Work], device: torch.device, source: Source) -> int:
+def pick_devices(name: str) -> tuple[torch.device, ...]:
+    """As `pick_device`; where the name leaves the choice, and no other process shares them, every GPU."""
+    device = pick_device(name)
+    if device.type != "cuda" or name not in ("auto", "cuda") or local_processes() > 1:
+        return (device,)
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
+def worker_count(works: list[Work], devices: tuple[torch.device, ...], source: Source) -> int:
     """How many matrices are worked on at one time.
 
     What comes over a network comes slowly: there, memory is kept to that of the largest matrix, whatever is free.
@@ -46,7 +55,8 @@ def worker_count(works: list[Work], device: torch.device, source: Source) -> int
     if works and isinstance(source, FileSource) and source.connection is not None:
         largest = max(8 * math.prod(work.ref.shape) for work in works)
         limit = max(LARGEST_SHARE * largest, MEMORY_PER_CORE * _cores())
-    return count_workers([work.bytes for work in works], device, limit)
+    sizes = [work.bytes for work in works]
+    return max(1, min(len(devices) * count_workers(sizes, devices[0], limit), len(sizes)))
 
 
 def count_workers(sizes: list[int], device: torch.device, limit: float = math.inf) -> int:
@@ -64,12 +74,15 @@ def _fitting(sizes: list[int], hands: int, room: float) -> int:
     return min(hands, len(sizes), max(1, int(room // max(sizes)))) if sizes else 1
 
 
+_hand = threading.local()  # a worker thread's device
 _streams = threading.local()
 
 
 def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The matrix on the device, in its stored type. On a GPU this thread works in a stream of its own from here on, and
-    the copy, from pinned memory, leaves the other threads' kernels running."""
+    """The matrix on this worker's device, or on `device` in a thread that has none of its own, in its stored type. On a
+    GPU this thread works in a stream of its own from here on, and the copy, from pinned memory, leaves the other
+    threads' kernels running."""
+    device = getattr(_hand, "device", device)
     if device.type != "cuda":
         return matrix.to(device)
     if getattr(_streams, "device", None) != device:
@@ -85,13 +98,19 @@ def _cores() -> int:
 
 
 @contextmanager
-def worker_pool(workers: int, matrices: int) -> Iterator[ThreadPoolExecutor]:
-    """Worker threads that share the cores. On an interrupt, what has not started is dropped at once.
+def worker_pool(workers: int, matrices: int, devices: tuple[torch.device, ...] = ()) -> Iterator[ThreadPoolExecutor]:
+    """Worker threads that share the cores, and the devices in turn. On an interrupt, what has not started is dropped at
+    once.
 
     BLAS gets more than one thread where matrices are fewer than cores, not where memory keeps workers few: LAPACK's
     eigenvalues of a 2,048 × 2,048 matrix took four to twelve times as long on two threads as on one.
     """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="lmd_hf")
+    turns = itertools.cycle(devices)
+    pool = ThreadPoolExecutor(
+        workers,
+        thread_name_prefix="lmd_hf",
+        initializer=(lambda: setattr(_hand, "device", next(turns))) if devices else None,
+    )
     limits = threadpool_limits(limits=max(1, _cores() // max(1, matrices)))
     finished = False
     try:

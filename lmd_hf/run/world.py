@@ -59,7 +59,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class World:
-    """This process is `rank` of `size`. What passes between ranks are small results of our own ranks, never weights."""
+    """This process is `rank` of `size`. What passes between ranks are results of our own ranks, never weights."""
 
     rank: int = 0
     size: int = 1
@@ -87,6 +87,16 @@ class World:
         if self.group is not None:
             torch.distributed.all_reduce(mine, group=self.group)
         return mine
+
+    def send(self, value: Tensor, rank: int) -> Any:
+        """Begin to send a CPU tensor; `wait` of what this returns ends when it has arrived. What is sent to one rank
+        arrives in that order."""
+        return torch.distributed.isend(value, rank, group=self.group)
+
+    def receive(self, into: Tensor, rank: int) -> Tensor:
+        """The next tensor that a rank has sent here, once it has come."""
+        torch.distributed.recv(into, rank, group=self.group)
+        return into
 
     def together(self, stage: Callable[[], T]) -> T:
         """What a stage returns here. If it raises an `LmdError` on any rank, it does on all of them, so that none waits

@@ -1,7 +1,7 @@
 """What the Hub answers when it does not do what was asked: again after a while, or one line with the remedy."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from huggingface_hub.errors import (
@@ -10,6 +10,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from lmd_hf.compat import unreachable_errors
 from lmd_hf.errors import SourceError
@@ -61,8 +62,15 @@ def is_transient(error: HfHubHTTPError) -> bool:
 
 
 def wait(error: HfHubHTTPError, attempt: int) -> None:
-    """As long as `Retry-After` says, or the `t=` of the Hub's `RateLimit` header; else 1, 2, 4 … seconds."""
-    headers = error.response.headers
-    fields = dict(pair.strip().split("=", 1) for pair in headers.get("RateLimit", "").split(";") if "=" in pair)
-    asked = headers.get("Retry-After") or fields.get("t", "")
-    time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, LONGEST_WAIT))
+    """As long as the answer says; else 1, 2, 4 … seconds."""
+    asked = demanded_wait(error.response.headers)
+    time.sleep(min(2.0**attempt if asked is None else asked, LONGEST_WAIT))
+
+
+def demanded_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds from `Retry-After`, or until the window of the Hub's `RateLimit` header ends; `None` without either."""
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isdigit():
+        return float(asked)
+    limit = parse_ratelimit_headers(headers)
+    return None if limit is None else float(limit.reset_in_seconds)

@@ -4,6 +4,7 @@ A format is data: the endings of its tensors' names, the test that tells it from
 weight, and the function of `unpack` that computes it. Adding one is one entry of `FORMATS`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -94,6 +95,18 @@ def _version(number: str) -> Callable[[Parts, dict[str, Any]], bool]:
     )
 
 
+def _declared_shape(parts: Parts, read: Read | None = None) -> tuple[int, ...]:
+    declared = parts["weight"].declared
+    return () if declared is None else declared[1]
+
+
+def _is_torchao(parts: Parts, *kinds: str) -> bool:
+    """Whether the file's metadata call the weight so, or say nothing."""
+    declared = parts["weight"].declared
+    return declared is None or declared[0] in kinds
+
+
+_PRE = {"pre": ("._weight_act_pre_scale",)}  # AWQ's and SmoothQuant's factor of the input
 _GPTQ_PARTS = {"weight": (".qweight",), "zero": (".qzeros",), "scale": (".scales",), "g_idx": (".g_idx",)}
 _SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale_weight", ".scale")
 _STATE = tuple(f".weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
@@ -199,15 +212,66 @@ FORMATS = {
         _stored_shape,
     ),
     "torchao-float8": Format(
-        unpack.scaled_float, {"weight": ("._weight_qdata",), "scale": ("._weight_scale",)}, FP8, _same
+        unpack.fed_by(unpack.scaled_float),
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), **_PRE},
+        FP8,
+        _same,
+        optional=("pre",),
+        fits=lambda parts, settings: parts["scale"].dtype != "F8_E8M0" and _is_torchao(parts, "Float8Tensor"),
+    ),
+    "torchao-mxfp8": Format(
+        unpack.torchao_fp8,
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",)},
+        FP8,
+        _same,
+        fits=lambda parts, settings: parts["scale"].dtype == "F8_E8M0" and _is_torchao(parts, "MXTensor"),
+    ),
+    "torchao-fp4": Format(
+        unpack.torchao_fp4,
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), "factor": ("._weight_per_tensor_scale",)},
+        ("U8",),
+        _two_a_byte,
+        optional=("factor",),
+        fits=lambda parts, settings: _is_torchao(parts, "NVFP4Tensor", "MXTensor"),
     ),
     "torchao-int8": Format(
-        unpack.scaled_int,
-        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), "zero": ("._weight_zero_point",)},
+        unpack.fed_by(unpack.scaled_int),
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), "zero": ("._weight_zero_point",), **_PRE},
         ("I8",),
         _same,
-        optional=("zero",),
-        fits=lambda parts, settings: parts["scale"].shape[0] in (1, parts["weight"].shape[0]),
+        optional=("zero", "pre"),
+        fits=lambda parts, settings: (
+            (math.prod(parts["scale"].shape) == 1 or parts["scale"].shape[0] == parts["weight"].shape[0])
+            and _is_torchao(parts, "Int8Tensor", "IntxUnpackedToInt8Tensor")
+        ),
+    ),
+    "torchao-int4": Format(
+        unpack.fed_by(unpack.torchao_int4),
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), "zero": ("._weight_zero_point",), **_PRE},
+        BYTES,
+        _two_a_byte,
+        optional=("pre",),
+        fits=lambda parts, settings: (
+            parts["scale"].shape[1:] == parts["weight"].shape[:1] and _is_torchao(parts, "Int4Tensor")
+        ),
+    ),
+    "torchao-int4 words": Format(
+        unpack.fed_by(unpack.torchao_int4_words),
+        {"weight": ("._weight_qdata",), "scale": ("._weight_scale",), "zero": ("._weight_zero_point",), **_PRE},
+        ("I32",),
+        lambda parts, read: (parts["weight"].shape[0], 8 * parts["weight"].shape[1]),
+        optional=("pre",),
+        fits=lambda parts, settings: parts["zero"].dtype == "I8" and _is_torchao(parts, "Int4PlainInt32Tensor"),
+    ),
+    "torchao-int4 tiles": Format(
+        unpack.fed_by(unpack.torchao_int4_tiles),
+        {"weight": ("._weight_qdata",), "scale_zero": ("._weight_scale_and_zero",), **_PRE},
+        ("I32",),
+        _declared_shape,
+        optional=("pre",),
+        fits=lambda parts, settings: (
+            len(_declared_shape(parts)) == 2 and _is_torchao(parts, "Int4TilePackedTo4dTensor")
+        ),
     ),
     "weight-norm": Format(
         unpack.weight_norm,
@@ -280,7 +344,9 @@ def unpack_weight(layout: str, tensors: tuple[TensorRef, ...], read: Read) -> Un
     if layout == "gguf":
         return gguf.dequantise(read(tensors[0]), tensors[0].dtype)
     known = FORMATS[layout]
-    parts = {known.key(tensor.name): read(tensor) for tensor in tensors}
+    parts: dict[str, Any] = {known.key(tensor.name): read(tensor) for tensor in tensors}
+    if known.shape is _declared_shape:
+        parts["shape"] = _declared_shape({"weight": tensors[0]})
     try:
         return known.unpack(**parts)
     except (RuntimeError, LookupError) as error:

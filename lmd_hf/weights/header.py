@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lmd_hf.errors import FormatError
@@ -14,6 +15,7 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+QDATA = "_qdata"  # what torchao writes behind the names of weights whose class and shape it keeps in the metadata
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -38,7 +40,9 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
         raise FormatError(f"{file}: the header is not valid JSON ({error}); download the file again") from None
     if not isinstance(entries, dict):
         raise FormatError(f"{file}: the header is not a JSON object; the file is not safetensors")
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
+    metadata = entries.pop("__metadata__", None)
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
+    tensors = [replace(t, declared=_declared(t.name, metadata)) if t.name.endswith(QDATA) else t for t in tensors]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     end = 8 + length
     for tensor in tensors:
@@ -63,3 +67,16 @@ def _tensor(file: str, name: str, entry: Any, base: int) -> TensorRef:
     if (stop - start) * 8 != math.prod(shape) * BITS[dtype]:
         raise FormatError(f"{file}: '{name}' of shape {list(shape)} and dtype {dtype} does not fill its byte range")
     return TensorRef(name, file, base + start, base + stop, dtype, shape)
+
+
+def _declared(name: str, metadata: Any) -> tuple[str, tuple[int, ...]] | None:
+    """What torchao's metadata say of the weight `m.weight` that `m._weight_qdata` belongs to: its class, its shape (()
+    where that goes without saying); `None` where they say nothing."""
+    module, _, leaf = name.removesuffix(QDATA).rpartition("._")
+    try:
+        entry = json.loads(metadata[f"{module}.{leaf}"])
+        kind, shape = entry["_type"], tuple(entry["_data"].get("shape", ()))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+    known = isinstance(kind, str) and all(type(size) is int and size > 0 for size in shape)
+    return (kind, shape) if known else None

@@ -175,6 +175,7 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
     if weight.format == "plain" and weight.dtype not in READABLE:
         method = (context.tree.config.values.get("quantization_config") or {}).get("quant_method")
         stored = f"stored as {weight.dtype}" + (f" by '{method}'" if method else "")
+        stored += f" ({declared[0]})" if (declared := weight.tensors[0].declared) else ""
         return _skip(weight, f"{stored}, a format that is not read; save a copy dequantised by its own library")
     return _matrices(weight, place, context)
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import get_session
 
 from lmd_hf.compat import redirect_errors, unreachable_errors
 from lmd_hf.errors import SourceError
+from lmd_hf.weights.answers import demanded_wait
 
 
 CONNECTIONS = 8  # at one time, to one repository
@@ -148,7 +149,7 @@ class RemoteFile:
         """Is this answer what was asked for, of the file that was listed?"""
         status, where = answer.status_code, str(answer.url)
         if status in BUSY:
-            raise _Again(f"it answers {status}", _demanded_wait(answer.headers))
+            raise _Again(f"it answers {status}", demanded_wait(answer.headers))
         if status >= 400 and not _same_origin(where, self.url) and status != 416:
             self.found = ("", "")  # a signed address expires
             raise _Again(f"its storage answers {status}")
@@ -199,9 +200,3 @@ class _Cursor:
 
 def _same_origin(url: str, other: str) -> bool:
     return urlsplit(url)[:2] == urlsplit(other)[:2]
-
-
-def _demanded_wait(headers: Any) -> float | None:
-    """Seconds from `Retry-After`, or from `RateLimit: "resolvers";r=0;t=55`; `None` where neither is a number."""
-    text = headers.get("Retry-After") or headers.get("RateLimit", "").rpartition("t=")[2]
-    return float(text) if text.strip().isdigit() else None

@@ -52,6 +52,15 @@ def read_matrix(source: Source, ref: MatrixRef) -> Tensor:
     return multiplied(matrix) if isinstance(matrix, Factored) else matrix
 
 
+def read_long(source: Source, ref: MatrixRef, start: int, stop: int) -> Tensor:
+    """Rows start…stop of W's long side, (stop − start) × k; only their bytes are read where they lie together."""
+    tall = ref.shape[0] >= ref.shape[1]
+    if ref.stored == "plain" and ref.expert is None and not ref.rows and tall != ref.transposed:
+        return source.read(ref.tensors[0], start, stop).reshape(stop - start, -1)
+    w = read_matrix(source, ref)
+    return (w if tall else w.T)[start:stop]
+
+
 def read_gain(source: Source, norm: NormRef) -> Tensor:
     """γ, float64, of the norm that feeds a matrix."""
     return source.read(norm.tensor).to(torch.float64).flatten() + norm.offset

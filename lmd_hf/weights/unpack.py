@@ -7,7 +7,7 @@ I = in of the matrix, G = groups or blocks along I.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,63 @@ def hqq(weight: Tensor, scale: Tensor, zero: Tensor, shape: Tensor, bits: Tensor
     return Unpacked(unpacked.values.reshape(sizes), half_step=steps.reshape(sizes))
 
 
+def torchao_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Unpacked:
+    """torchao's `Int4Tensor`: W = q · s + z with signed q (O, I/2), two a byte, the lower half first; s and z (G, O),
+    z in the units of W (`int4_row_quantize_zp` of FBGEMM)."""
+    codes = (nibbles(weight) ^ 8).float() - 8
+    values = codes * spread(scale.float().T, codes.shape) + spread(zero.float().T, codes.shape)
+    return Unpacked(values, half_step=scale.float().T.abs() / 2)
+
+
+def torchao_int4_words(weight: Tensor, scale: Tensor, zero: Tensor) -> Unpacked:
+    """torchao's `Int4PlainInt32Tensor` for Intel: W = (q − z) · s, eight q a word, lowest first; s and z (G, O)."""
+    return affine(unpack_bits(weight, 4, 8 * weight.shape[1]), scale.T, zero.T)
+
+
+def torchao_int4_tiles(weight: Tensor, scale_zero: Tensor, shape: Sequence[int]) -> Unpacked:
+    """torchao's `Int4TilePackedTo4dTensor`: W = (q − 8) · s + z of `shape`, padded to whole tiles; s, z (G, O, 2).
+
+    q (O/8, I/16t, 32, t/2) lies as Nvidia's tensor cores read it (PyTorch, `matrix_to_m16n8k16_Bint4_layout`): of a
+    tile of 8 rows and 16 columns, lane l has row l // 4 and columns 2 (l mod 4) + {0, 1, 8, 9}; a word holds two such
+    tiles, even columns in its lower half. AMD GPUs order the same shape in another way, which the file does not tell.
+    """
+    tiles, blocks, lanes, words = weight.shape
+    codes = unpack_bits(weight.reshape(-1, words), 4, 8 * words)
+    codes = codes.reshape(tiles, blocks, lanes // 4, 4, words, 2, 2, 2)  # … row, pair, word, parity, tile, half
+    codes = codes.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(8 * tiles, 32 * words * blocks)
+    scales, zeros = (spread(grid, codes.shape) for grid in scale_zero.float().permute(2, 1, 0))
+    rows, columns = shape
+    values = (codes - 8) * scales + zeros
+    return Unpacked(values[:rows, :columns], half_step=(scales.abs() / 2).expand(codes.shape)[:rows, :columns])
+
+
+def torchao_fp8(weight: Tensor, scale: Tensor) -> Unpacked:
+    """MXFP8 of torchao's `MXTensor`: scales of 32 along the input, perhaps in the order of `in_rows`."""
+    return scaled_float(weight, in_rows(scale, weight.shape[0], weight.shape[1] // 32))
+
+
+def torchao_fp4(weight: Tensor, scale: Tensor, factor: Tensor | None = None) -> Unpacked:
+    """torchao's `NVFP4Tensor` (scales of 16, times the tensor's `factor`) and `MXTensor` (scales of 32), both perhaps
+    in the order of `in_rows`."""
+    size = 16 if scale.dtype == torch.float8_e4m3fn else 32
+    return fp4(weight, in_rows(scale, weight.shape[0], 2 * weight.shape[1] // size), factor=factor)
+
+
+def fed_by(unpack: Callable[..., Unpacked]) -> Callable[..., Unpacked]:
+    """The same format in a layer that multiplies its input by `pre` (I, or one number) first: W · diag(pre)."""
+
+    def scaled(pre: Tensor | None = None, **parts: Tensor) -> Unpacked:
+        found = unpack(**parts)
+        if pre is None:
+            return found
+        step, columns = found.half_step, pre.double().abs()
+        if step is not None:
+            step = spread(step, found.values.shape) * columns
+        return Unpacked(found.values.double() * pre.double(), step, found.roundoff)
+
+    return scaled
+
+
 def weight_norm(weight: Tensor, gain: Tensor) -> Unpacked:
     """W = g · v/‖v‖, the norm over every axis along which g has one entry (Salimans & Kingma 2016, eq. 2)."""
     axes = [axis for axis, size in enumerate(gain.shape) if size == 1 and weight.shape[axis] > 1]
@@ -256,11 +313,27 @@ def _in_order(g_idx: Tensor | None) -> Tensor | None:
     return None if g_idx is None or int(g_idx[0]) < 0 else g_idx.long()
 
 
+def nibbles(packed: Tensor) -> Tensor:
+    """The two halves of every byte, the lower first."""
+    codes = packed.contiguous().view(torch.uint8)
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+
+
+def in_rows(scale: Tensor, rows: int, groups: int) -> Tensor:
+    """Scales (rows, groups), also where they lie in the order that Blackwell's tensor cores read: 128 × 4 blocks of
+    them, padded, row 32 a + b of a block as four entries of line b (cuBLAS, 1D block scaling factors layout)."""
+    if tuple(scale.shape) == (rows, groups):
+        return scale
+    high, wide = math.ceil(rows / 128), math.ceil(groups / 4)
+    if scale.numel() != 128 * high * 4 * wide:
+        raise ValueError(f"{scale.numel()} scales for {rows} rows of {groups} groups are no known layout")
+    blocks = scale.reshape(high, wide, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return blocks.reshape(128 * high, 4 * wide)[:rows, :groups]
+
+
 def _e2m1(packed: Tensor) -> Tensor:
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
-    codes = packed.contiguous().view(torch.uint8)
-    index = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
-    return table[index]
+    return table[nibbles(packed).int()]
 
 
 def _half_gaps(code: Tensor) -> Tensor:

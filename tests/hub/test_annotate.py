@@ -175,14 +175,14 @@ def test_a_hub_that_keeps_failing_is_an_error_with_nothing_written(hub, model):
 def test_a_card_that_changed_meanwhile_keeps_the_change(hub, model, monkeypatch):
     import lmd_hf.hub.annotate as module
 
-    plain = module.analyze
+    plain = module.analyze_one
 
     def slow(*arguments, **options):
         report = plain(*arguments, **options)
         hub.repos[model].commit({**files_of(hub, model), "README.md": (CARD + "\nNew words.\n").encode()})
         return report
 
-    monkeypatch.setattr(module, "analyze", slow)
+    monkeypatch.setattr(module, "analyze_one", slow)
     assert annotate(model, how="pull", token=TOKEN).reason == "pull request #1 opened"
     assert "New words." in files_of(hub, model, "refs/pr/1")["README.md"].decode()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmd_hf.errors import OutputError, SettingsError
+from lmd_hf.hub import annotate as annotate_module
 from lmd_hf.hub.batch import annotate_each, listed, work_off
 from lmd_hf.hub.queue import ATTEMPTS, Queue
 
@@ -138,6 +139,39 @@ def test_a_dry_batch_writes_nothing(hub, save):
     names = add_models(hub, save, 2)
     assert [o.status for o in annotate_each(names)] == ["drafted", "drafted"]
     assert not any(hub.repos[name].pulls for name in names)
+
+
+def test_the_next_model_is_looked_at_while_one_is_analysed(hub, save, tmp_path, monkeypatch):
+    names = add_models(hub, save, 3)
+    queue = Queue(tmp_path / "q.sqlite")
+    queue.add(names)
+    seen = {}
+    analysed = annotate_module.analyze_one
+
+    def analyze(model, *others, **known):
+        following = names[names.index(model) + 1] if model != names[-1] else model
+        deadline = time.monotonic() + 20
+        while not (told := [p for _, p, _ in hub.requests if following in p and p.endswith("model.safetensors")]):
+            assert time.monotonic() < deadline, "the headers of the next model were not fetched"
+            time.sleep(0.01)
+        seen[model] = told
+        return analysed(model, *others, **known)
+
+    monkeypatch.setattr(annotate_module, "analyze_one", analyze)
+    outcomes = list(work_off(queue, how="pull", token="hf_test_token"))
+    assert [outcome.status for outcome in outcomes] == ["written"] * 3
+    assert list(seen) == names
+
+
+def test_what_changes_between_the_look_and_its_turn_is_seen(hub, save, monkeypatch):
+    """The second model's card opts out while the first is being analysed."""
+    names = add_models(hub, save, 2)
+    outcomes = annotate_each(names, how="pull", token="hf_test_token")
+    assert next(outcomes).status == "written"
+    repo = hub.repos[names[1]]
+    repo.commit({**repo.commits[repo.branches["main"]], "README.md": b"---\nlmd: false\n---\n"})
+    assert next(outcomes).reason == "its card opts out (lmd: false)"
+    assert not repo.pulls
 
 
 RUN = """

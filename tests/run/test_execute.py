@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmd_hf import analyze
+from lmd_hf.matrix.batched import exact_each
 from lmd_hf.records import Settings
-from lmd_hf.run.execute import execute, head_start
-from lmd_hf.run.journal import Journal
+from lmd_hf.run import execute as execution
+from lmd_hf.run.execute import Output, execute, head_start
+from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.plan import make_plan
 from lmd_hf.run.workers import pick_device
 from lmd_hf.run.world import World
@@ -158,6 +160,36 @@ def test_every_share_of_the_work_gives_the_same_numbers(save):
     assert [m.name for m in whole.matrices] == [w.ref.name for w in plan.works]
     for matrix in whole.matrices:
         assert matrix == replace(parts[matrix.name], singular_values=matrix.singular_values)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_batches_on_several_devices_give_the_same_numbers(save, tmp_path, monkeypatch, family):
+    """As on GPUs: small matrices of one shape together, the workers on two devices; one matrix is no number."""
+    tensors = load_file(save(family) / "model.safetensors")
+    broken = next(name for name in tensors if "w1" in name or "c_fc.weight" in name or "gate_proj" in name)
+    tensors[broken].view(-1)[3] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((save(family) / "config.json").read_text())
+    source = open_source(tmp_path)
+    plan = make_plan(list_matrices(source), source.identity, Settings())
+    alone = execute(plan, source)
+    sizes = []
+    monkeypatch.setattr(execution, "BATCHED_ON", ("cpu",))
+    monkeypatch.setattr(execution, "pick_devices", lambda _: (torch.device("cpu"), torch.device("cpu", 0)))
+    monkeypatch.setattr(execution, "exact_each", lambda ws: sizes.append(len(ws)) or exact_each(ws))
+    with open_journal(source.identity) as journal:
+        together = execute(plan, source, output=Output(journal))
+    assert max(sizes) > 1
+    assert together.environment["device"] == "2 × cpu"
+    assert (together.skipped, together.aliases) == (alone.skipped, alone.aliases)
+    assert any("NaN" in skipped.reason for skipped in together.skipped)
+    for found, expected in zip(together.matrices, alone.matrices, strict=True):
+        assert (found.name, found.part, found.method) == (expected.name, expected.part, expected.method)
+        np.testing.assert_allclose(found.singular_values, expected.singular_values, rtol=1e-10, atol=1e-14)
+    with open_journal(source.identity) as journal:
+        again = execute(plan, source, output=Output(journal))
+    assert again.environment["reused"] == len(again.matrices)
+    assert again.matrices == together.matrices
 
 
 def test_progress_is_reported_in_this_thread(save):

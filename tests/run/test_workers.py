@@ -1,10 +1,16 @@
 """How many hands, and what they hold."""
 
+import threading
+
 import torch
 from threadpoolctl import threadpool_info
 
+from lmd_hf.records import Settings
 from lmd_hf.run import workers
+from lmd_hf.run.plan import make_plan
 from lmd_hf.run.workers import upload, worker_pool
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
 
 
 def blas():
@@ -36,3 +42,36 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch):
 def test_on_the_cpu_nothing_is_copied():
     w = torch.ones(3, 4, dtype=torch.bfloat16)
     assert upload(w, torch.device("cpu")) is w
+
+
+def test_worker_threads_take_the_devices_in_turn():
+    """Each its own, whatever device the caller names; `cpu` and `cpu:0` are two names here."""
+    devices = (torch.device("cpu"), torch.device("cpu", 0))
+    barrier = threading.Barrier(4, timeout=10)
+
+    def seen(_):
+        barrier.wait()  # four threads, not one that is quick
+        return workers._hand.device
+
+    with worker_pool(4, 4, devices) as pool:
+        assert sorted(map(str, pool.map(seen, range(4)))) == ["cpu", "cpu", "cpu:0", "cpu:0"]
+    with worker_pool(1, 1) as pool:
+        assert not pool.submit(hasattr, workers._hand, "device").result()
+
+
+def test_all_gpus_are_taken_where_the_name_leaves_the_choice(monkeypatch):
+    monkeypatch.setattr(workers, "pick_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpus = tuple(torch.device("cuda", index) for index in range(3))
+    assert workers.pick_devices("auto") == workers.pick_devices("cuda") == gpus
+    assert workers.pick_devices("cuda:1") == (gpus[1],)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other ranks have theirs
+    assert workers.pick_devices("auto") == (gpus[1],)
+
+
+def test_no_works_leave_one_worker_and_devices_multiply_them(save):
+    source, cpu = open_source(save("llama")), torch.device("cpu")
+    works = list(make_plan(list_matrices(source), source.identity, Settings()).works)
+    assert workers.worker_count([], (cpu,), source) == 1
+    one = workers.worker_count(works, (cpu,), source)
+    assert workers.worker_count(works, (cpu, cpu), source) == min(2 * one, len(works))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, two_a_byte
+from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, scale_order, tile_order, torchao_int4, two_a_byte
 
 import lmd_hf
 from lmd_hf.errors import FormatError
@@ -25,10 +25,10 @@ def random(*shape, seed=0, scale=0.02):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def read(folder, tensors, **quantization):
+def read(folder, tensors, metadata=None, **quantization):
     """The one matrix in a checkpoint of these tensors."""
     folder.mkdir(exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", metadata)
     if quantization:
         (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     source = open_source(folder)
@@ -171,6 +171,94 @@ def test_torchaos_names(tmp_path, kind):
     assert (ref.stored, ref.role) == (f"torchao-{kind}", "down")
 
 
+def torchao(kind, shape=(OUT, IN)):
+    """What torchao writes into the metadata of a safetensors file."""
+    return {f"{NAME}.weight": json.dumps({"_type": kind, "_data": {"block_size": [1, 64], "shape": shape}})}
+
+
+@pytest.mark.parametrize("metadata", [None, torchao("Int4Tensor")])
+@pytest.mark.parametrize("size", [64, IN, 2])
+def test_torchaos_int4(tmp_path, metadata, size):
+    tensors, expected = torchao_int4(random(OUT, IN), size)
+    ref, found = read(tmp_path, {f"{NAME}.{key}": value for key, value in tensors.items()}, metadata)
+    assert torch.allclose(found.matrix.double(), expected, rtol=0, atol=1e-8)
+    assert (ref.stored, ref.shape, ref.role) == ("torchao-int4", (OUT, IN), "down")
+    step = tensors["_weight_scale"].double() / 2
+    assert found.rounding.absolute == pytest.approx(float(step.square().mean().sqrt()), rel=1e-6)
+
+
+def test_torchaos_int4_with_the_factor_of_its_input(tmp_path):
+    """AWQ: the layer computes W·(pre ∘ x)."""
+    tensors, expected = torchao_int4(random(OUT, IN))
+    pre = torch.rand(IN).bfloat16() + 0.5
+    tensors |= {"_weight_act_pre_scale": pre}
+    ref, found = read(tmp_path, {f"{NAME}.{key}": value for key, value in tensors.items()}, torchao("Int4Tensor"))
+    assert torch.allclose(found.matrix, expected * pre.double(), rtol=0, atol=1e-8)
+    assert ref.stored == "torchao-int4"
+
+
+def test_torchaos_int4_in_words(tmp_path):
+    codes, scale, zero = groups(random(OUT, IN), 4, 64)
+    stem = f"{NAME}._weight"
+    tensors = {f"{stem}_qdata": pack_bits(codes, 4), f"{stem}_scale": scale.T, f"{stem}_zero_point": zero.T.char()}
+    ref, found = read(tmp_path, tensors, torchao("Int4PlainInt32Tensor"))
+    assert torch.equal(found.matrix, (codes - zero.repeat_interleave(64, 1)) * scale.repeat_interleave(64, 1))
+    assert (ref.stored, ref.shape) == ("torchao-int4 words", (OUT, IN))
+
+
+@pytest.mark.parametrize("inner", [2, 8])
+def test_torchaos_int4_in_the_order_of_tensor_cores(tmp_path, inner):
+    """13 × 200, padded to 16 × 256: every code where the kernel puts it, the padding gone."""
+    codes = torch.randint(0, 16, (16, IN), generator=torch.Generator().manual_seed(0))
+    scale, zero = random(16, 4, seed=1).bfloat16(), random(16, 4, seed=2).bfloat16()
+    grids = torch.stack((scale, zero), -1).transpose(0, 1)
+    tensors = {f"{NAME}._weight_qdata": tile_order(codes, inner), f"{NAME}._weight_scale_and_zero": grids}
+    pre = torch.rand(200) + 0.5
+    tensors[f"{NAME}._weight_act_pre_scale"] = pre
+    ref, found = read(tmp_path, tensors, torchao("Int4TilePackedTo4dTensor", (13, 200)))
+    spread = [grid.double().repeat_interleave(64, 1) for grid in (scale, zero)]
+    expected = ((codes - 8) * spread[0] + spread[1])[:13, :200] * pre.double()
+    assert torch.allclose(found.matrix, expected, rtol=0, atol=1e-8)
+    assert (ref.stored, ref.shape) == ("torchao-int4 tiles", (13, 200))
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("rows", [OUT, 128])
+@pytest.mark.parametrize("swizzled", [False, True])
+def test_torchaos_block_scales_in_both_orders(tmp_path, kind, rows, swizzled):
+    size = 16 if kind == "nvfp4" else 32
+    codes = e2m1_codes(rows, IN)
+    q = random(rows, IN, scale=1).to(torch.float8_e4m3fn) if kind == "mxfp8" else two_a_byte(codes)
+    exponents = torch.randint(120, 130, (rows, IN // size), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    scale = (random(rows, IN // size, scale=1).abs() + 1).to(torch.float8_e4m3fn) if kind == "nvfp4" else exponents
+    stored = scale_order(scale) if swizzled else scale
+    tensors = {f"{NAME}._weight_qdata": q, f"{NAME}._weight_scale": stored}
+    factor = torch.tensor(0.37 if kind == "nvfp4" else 1.0)
+    if kind == "nvfp4":
+        tensors[f"{NAME}._weight_per_tensor_scale"] = factor
+    ref, found = read(tmp_path, tensors, torchao("NVFP4Tensor" if kind == "nvfp4" else "MXTensor"))
+    values = q.float() if kind == "mxfp8" else E2M1[codes.int()]
+    assert torch.allclose(found.matrix, values * (scale.float() * factor).repeat_interleave(size, 1), rtol=2**-22)
+    assert (ref.shape, ref.stored) == ((rows, IN), "torchao-mxfp8" if kind == "mxfp8" else "torchao-fp4")
+
+
+def test_a_packing_of_torchao_that_only_a_device_knows_is_listed_with_its_class(tmp_path):
+    tensors = {f"{NAME}._weight_qdata": WORDS, f"{NAME}._weight_scale": torch.ones(4, OUT)}
+    save_file(tensors, tmp_path / "model.safetensors", torchao("Int4PreshuffledTensor"))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "torchao"}}))
+    reasons = [skipped.reason for skipped in list_matrices(open_source(tmp_path)).skipped]
+    assert any("stored as I32 by 'torchao' (Int4PreshuffledTensor), a format that is not read" in r for r in reasons)
+
+
+@pytest.mark.parametrize(
+    "entry", ["no JSON", "3", '{"_type": 1}', '{"_type": "Int4Tensor", "_data": {"shape": ["x"]}}']
+)
+def test_metadata_that_say_nothing_are_passed_over(tmp_path, entry):
+    tensors, _ = torchao_int4(random(OUT, IN))
+    tensors = {f"{NAME}.{key}": value for key, value in tensors.items()}
+    assert read(tmp_path, tensors, {f"{NAME}.weight": entry})[0].stored == "torchao-int4"
+
+
 def test_fp8_without_a_scale_is_its_own_value(tmp_path):
     q = random(OUT, IN, scale=1).to(torch.float8_e4m3fn)
     save_file({f"{NAME}.weight": q}, tmp_path / "model.safetensors")
@@ -310,9 +398,26 @@ def test_torchao_in_safetensors(tmp_path, name):
     layer = torch.nn.Linear(IN, OUT, bias=False)
     torchao.quantize_(layer, getattr(torchao, name)())
     expected = layer.weight.dequantize().detach()
-    tensors, _ = support.flatten_tensor_state_dict({f"{NAME}.weight": layer.weight})
-    ref, found = read(tmp_path, tensors)
+    tensors, metadata = support.flatten_tensor_state_dict({f"{NAME}.weight": layer.weight})
+    ref, found = read(tmp_path, tensors, metadata)
     assert torch.equal(found.matrix, expected)
+    assert ref.stored.startswith("torchao-")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("swizzled", [False, True])
+def test_torchaos_block_formats_in_safetensors(tmp_path, kind, swizzled):
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    formats = pytest.importorskip("torchao.prototype.mx_formats")
+    w = random(OUT, IN)
+    if kind == "nvfp4":
+        stored = formats.nvfp4_tensor.NVFP4Tensor.to_nvfp4(w, per_tensor_scale=w.max(), is_swizzled_scales=swizzled)
+    else:
+        dtype = torch.float8_e4m3fn if kind == "mxfp8" else torch.float4_e2m1fn_x2
+        stored = formats.mx_tensor.MXTensor.to_mx(w, dtype, 32, is_swizzled_scales=swizzled)
+    tensors, metadata = support.flatten_tensor_state_dict({f"{NAME}.weight": stored})
+    ref, found = read(tmp_path, tensors, metadata)
+    assert torch.allclose(found.matrix, stored.dequantize(torch.float32), rtol=2**-22, atol=0)
     assert ref.stored.startswith("torchao-")
 
 

@@ -1,0 +1,21 @@
+"""How long to wait: what the answer says, in whichever of its headers."""
+
+import pytest
+
+from lmd_hf.weights.answers import demanded_wait
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+        ({"ratelimit": '"api";r=0;t=55, "pages";r=9;t=3', "RateLimit-Policy": '"fixed window";"api";q=5;w=300'}, 55),
+        ({"RateLimit": "something else"}, None),
+        ({"Retry-After": "2", "RateLimit": '"api";r=0;t=55'}, 2),
+    ],
+)  # fmt: skip
+def test_the_wait_that_an_answer_demands(headers, seconds):
+    assert demanded_wait(headers) == seconds
