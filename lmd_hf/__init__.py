@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmd_hf.api import analyze, compare, plan
+    from lmd_hf.callback import LMDCallback
     from lmd_hf.errors import LmdError
     from lmd_hf.evidence import Thresholds
     from lmd_hf.hub.dataset import load_results, push_results
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
     from lmd_hf.run.lens import read_directions
     from lmd_hf.run.margin import encoding_margin
+    from lmd_hf.training.tracker import LMDTracker
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,8 @@ _HOMES = {
     "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
+    "LMDCallback": "lmd_hf.callback",
+    "LMDTracker": "lmd_hf.training.tracker",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
@@ -37,6 +41,8 @@ _HOMES = {
 }
 __all__ = [
     "Comparison",
+    "LMDCallback",
+    "LMDTracker",
     "LmdError",
     "Report",
     "Settings",
