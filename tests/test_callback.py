@@ -198,10 +198,10 @@ def test_bad_settings(options, message):
 
 
 def test_layers_without_gradients(tmp_path):
+    model = make("llama")
+    model.model.embed_tokens.requires_grad_(False)
     with pytest.raises(SettingsError, match="no selected matrix takes gradients"):
-        model = make("llama")
-        model.model.layers[0].requires_grad_(False)
-        run(tmp_path, LMDCallback(roles=["embed"]), model=_frozen_embeddings(model))
+        run(tmp_path, LMDCallback(roles=["embed"]), model=model)
     model = make("llama")
     model.model.layers[0].requires_grad_(False)
     run(tmp_path, LMDCallback(every=6, budget=None), model=model)
@@ -209,11 +209,6 @@ def test_layers_without_gradients(tmp_path):
     for point in read_series(tmp_path / "lmd" / "series.parquet"):
         counts.setdefault(point.layer, set()).add(point.step)
     assert (counts[0], counts[1]) == ({0}, {0, 6, 12})
-
-
-def _frozen_embeddings(model):
-    model.model.embed_tokens.requires_grad_(False)
-    return model
 
 
 @pytest.mark.slow

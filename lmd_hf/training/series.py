@@ -88,7 +88,7 @@ def summary(points: Sequence[Point], step: int) -> dict[str, float]:
     """What goes to the trackers: means over the last point of each matrix, so that which of them were measured now
     does not move the curves, and how many were."""
     last = latest(points).values()
-    columns = {
+    columns: dict[str, list[int | float | None]] = {
         "latent_dim": [p.latent_dim for p in last],
         "effective_rank_share": [None if p.effective_rank is None else p.effective_rank / p.short_side for p in last],
         "capacity_log10": [p.capacity_log10 for p in last],
