@@ -6,16 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmd_hf.api import analyze, compare, plan
+    from lmd_hf.callback import LMDCallback
     from lmd_hf.errors import LmdError
     from lmd_hf.evidence import Thresholds
     from lmd_hf.hub.dataset import load_results, push_results
     from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
+    from lmd_hf.recipes.extract import extract
+    from lmd_hf.recipes.freeze import freeze, freeze_recipe
+    from lmd_hf.recipes.lora import lora_config, lora_recipe
     from lmd_hf.records import Settings
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
     from lmd_hf.run.lens import read_directions
     from lmd_hf.run.margin import encoding_margin
+    from lmd_hf.training.tracker import LMDTracker
 
 __version__ = "0.1.0"
 
@@ -24,12 +29,19 @@ _HOMES = {
     "compare": "lmd_hf.api",
     "decompose": "lmd_hf.matrix.lmd",
     "encoding_margin": "lmd_hf.run.margin",
+    "extract": "lmd_hf.recipes.extract",
+    "freeze": "lmd_hf.recipes.freeze",
+    "freeze_recipe": "lmd_hf.recipes.freeze",
     "load_results": "lmd_hf.hub.dataset",
+    "lora_config": "lmd_hf.recipes.lora",
+    "lora_recipe": "lmd_hf.recipes.lora",
     "plan": "lmd_hf.api",
     "push_results": "lmd_hf.hub.dataset",
     "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
     "Comparison": "lmd_hf.report.compare",
+    "LMDCallback": "lmd_hf.callback",
+    "LMDTracker": "lmd_hf.training.tracker",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
@@ -37,6 +49,8 @@ _HOMES = {
 }
 __all__ = [
     "Comparison",
+    "LMDCallback",
+    "LMDTracker",
     "LmdError",
     "Report",
     "Settings",
@@ -46,7 +60,12 @@ __all__ = [
     "compare",
     "decompose",
     "encoding_margin",
+    "extract",
+    "freeze",
+    "freeze_recipe",
     "load_results",
+    "lora_config",
+    "lora_recipe",
     "plan",
     "push_results",
     "read_directions",

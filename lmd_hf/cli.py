@@ -21,6 +21,7 @@ from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
 from lmd_hf.hub.command import add_annotate
 from lmd_hf.options import add_settings, chosen_settings
+from lmd_hf.recipes.command import add_recipe
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     card.set_defaults(run=_card)
     add_annotate(commands, common)
     add_reproduce(commands, common)
+    add_recipe(commands, common)
     return parser
 
 

@@ -15,6 +15,7 @@ import math
 import sys
 import sysconfig
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -116,7 +118,9 @@ def trigram_bits_per_byte(train: bytes, held_out: bytes) -> float:
     return bits / len(held_out)
 
 
-def train_model(windows: torch.Tensor, out: Path) -> Trainer:
+def train_model(
+    windows: torch.Tensor, out: Path, *, steps: int = STEPS, callbacks: Sequence[TrainerCallback] = ()
+) -> Trainer:
     """A new model, trained on rows of WINDOW tokens by transformers' own Trainer."""
     config = LlamaConfig(
         vocab_size=2048,
@@ -132,14 +136,14 @@ def train_model(windows: torch.Tensor, out: Path) -> Trainer:
     )
     settings = TrainingArguments(
         output_dir=str(out),
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=4e-3,
         lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=0.1,
         adam_beta2=0.98,
-        logging_steps=STEPS // 100,
+        logging_steps=max(1, steps // 100),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -152,6 +156,7 @@ def train_model(windows: torch.Tensor, out: Path) -> Trainer:
         args=settings,
         train_dataset=[{"input_ids": row, "labels": row} for row in windows],
         data_collator=default_data_collator,
+        callbacks=list(callbacks),
     )
     trainer.train()
     return trainer

@@ -5,12 +5,11 @@ The paper's theorem has stable convergence as its premise; how it is judged is t
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from scipy.special import stdtrit
 
-from lmd_hf.changes import MatrixChange
 from lmd_hf.errors import SettingsError
 from lmd_hf.evidence import STABLE, UNKNOWN, UNSTABLE, Convergence, Evidence, LayerVerdict, Thresholds
 from lmd_hf.matrix.noise import NOISE_FIT
@@ -19,8 +18,63 @@ from lmd_hf.records import MatrixReport
 
 LAST_SHARE, LEAST_POINTS = 0.1, 10  # of a loss curve: its last tenth, but no fewer points
 HUGE = 1e100  # a loss or a step beyond it is no number
-Row = TypeVar("Row", MatrixReport, MatrixChange)
 Place = tuple[str, int | None]  # stack and layer
+
+
+class Placed(Protocol):
+    """A row of one matrix: where it is."""
+
+    @property
+    def stack(self) -> str:
+        """The stack of blocks, "" where there is one."""
+        ...
+
+    @property
+    def layer(self) -> int | None:
+        """The index of the block."""
+        ...
+
+
+class Moving(Placed, Protocol):
+    """A matrix from one checkpoint to the next, in the words of `MatrixChange`."""
+
+    @property
+    def identical(self) -> bool:
+        """Whether no entry moved."""
+        ...
+
+    @property
+    def base_norm(self) -> float:
+        """‖S'‖ before."""
+        ...
+
+    @property
+    def spectrum_drift(self) -> float | None:
+        """‖ΔS'‖/‖S'‖."""
+        ...
+
+    @property
+    def latent_dim(self) -> int | None:
+        """The dimension of the subspaces."""
+        ...
+
+    @property
+    def left_cos2(self) -> float | None:
+        """The mean cos² of the principal angles between the left ones."""
+        ...
+
+    @property
+    def right_cos2(self) -> float | None:
+        """The same of the right ones."""
+        ...
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether rounding alone may turn them."""
+        ...
+
+
+Row = TypeVar("Row", bound=Placed)
 
 
 def check_thresholds(thresholds: Thresholds) -> None:
@@ -81,7 +135,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return slope * span, float(stdtrit(len(x) - 2, 0.975)) * error * span
 
 
-def judge_change(matrices: Sequence[MatrixChange], source: str, thresholds: Thresholds) -> Evidence:
+def judge_change(matrices: Sequence[Moving], source: str, thresholds: Thresholds) -> Evidence:
     """Evidence from an earlier checkpoint of the same training, matrix by matrix compared with this one.
 
     A layer is stable if ‖ΔS'‖ ≤ 1 % of ‖S'‖ (`spectrum_change`; root sums of squares over its matrices) and the mean
@@ -109,7 +163,7 @@ def judge_change(matrices: Sequence[MatrixChange], source: str, thresholds: Thre
     return Evidence("checkpoints", source, _combined(layer.verdict for layer in layers), text, numbers, limits, layers)
 
 
-def _moved(place: Place, matrices: Sequence[MatrixChange], thresholds: Thresholds) -> LayerVerdict:
+def _moved(place: Place, matrices: Sequence[Moving], thresholds: Thresholds) -> LayerVerdict:
     numbers = _movement(matrices)
     moved, cos2 = numbers["spectrum_change"], numbers["subspace_cos2"]
     if all(matrix.identical for matrix in matrices):
@@ -121,7 +175,7 @@ def _moved(place: Place, matrices: Sequence[MatrixChange], thresholds: Threshold
     return LayerVerdict(*place, verdict, numbers)
 
 
-def _movement(matrices: Sequence[MatrixChange]) -> dict[str, float | None]:
+def _movement(matrices: Sequence[Moving]) -> dict[str, float | None]:
     """‖ΔS'‖/‖S'‖ and the mean cos² of some matrices together."""
     known = [(m.spectrum_drift * m.base_norm, m.base_norm) for m in matrices if m.spectrum_drift is not None]
     size = math.hypot(*(norm for _, norm in known))

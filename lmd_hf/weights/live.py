@@ -43,11 +43,12 @@ class Offloaded:
 
 @dataclass(frozen=True)
 class LiveSource:
-    """A live module. Parameters that share memory are one tensor with several names."""
+    """A live module. Parameters that share memory are one tensor with several names. `module` is `None` where only a
+    part of it is looked at, such as its adapter."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
-    module: nn.Module
+    module: nn.Module | None
     tensors: tuple[TensorRef, ...]
     shared: tuple[tuple[str, str], ...]
     values: dict[str, Tensor]

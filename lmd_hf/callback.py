@@ -1,0 +1,191 @@
+"""`LMDCallback`: the matrices of a model while transformers' Trainer, or trl's, trains it."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lmd_hf import __version__
+from lmd_hf.errors import LmdError, SettingsError, SourceError
+from lmd_hf.hub.section import place
+from lmd_hf.training.budget import FLOOR_SECONDS
+from lmd_hf.training.card import section
+from lmd_hf.training.tracker import LMDTracker
+
+
+FOLDER, CARD, FIGURE = "lmd", "README.md", "lmd/evolution.png"  # below the Trainer's output folder
+WHEN = ("steps", "save", "epoch")
+PARTS = 100  # of a training, one measurement each where nothing else is asked for
+
+
+class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types for mypy
+    """Watches S', latent dimension, subspaces and capacity of every matrix that is trained.
+
+        Trainer(..., callbacks=[LMDCallback()])
+
+    Measures at the start, then `every` steps (default: a hundredth of the training), checkpoints (`on="save"`) or
+    epochs, and at the end, in at most `budget`, a share of the training's own time (`LMDTracker` tells how it keeps
+    to it; `None`: no limit). Means go into the Trainer's next log, and so to every tracker; the series, the figures and
+    the verdict on convergence into `lmd/` in the output folder, and a section into the model card there. Optimiser
+    steps are counted, so accumulation changes nothing; of several processes the first measures; a training that is
+    resumed goes on in its series; of a model that peft has wrapped, the adapter's updates are measured. Where FSDP or
+    ZeRO-3 spreads parameters over processes, each saved checkpoint is measured instead, if it holds whole weights; a
+    warning says so, or why not. The training itself comes out the same, bit for bit.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int | None = None,
+        on: str = "steps",
+        roles: Iterable[str] = (),
+        metric: str = "identity",
+        budget: float | None = 0.02,
+    ) -> None:
+        if on not in WHEN:
+            raise SettingsError(f"no on '{on}'; known: {', '.join(WHEN)}")
+        if every is not None and every < 1:
+            raise SettingsError(f"every is {every}; give a number from 1 on, or leave it out")
+        self.on, self.every = on, every
+        self.tracker: LMDTracker | None = None
+        self._options: dict[str, Any] = {"roles": tuple(roles), "metric": metric, "budget": budget}
+        self._pending: dict[str, float] = {}
+        self._count = 0
+        self._sharded = False
+        self._trainer: Trainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
+    ) -> None:
+        """Measure the start, or take up the series of the training that is resumed."""
+        self.tracker, self._pending, self._count, self._sharded = None, {}, 0, False
+        if not state.is_world_process_zero:
+            return
+        self._trainer = _join(self)
+        try:
+            self.tracker = LMDTracker(told["model"], **self._options, resume=_resumed(args, state))
+        except SourceError as error:
+            self._sharded = True
+            warnings.warn(f"LMDCallback measures saved checkpoints instead: {error}", stacklevel=2)
+        else:
+            self._pending = self.tracker.measure()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        """Measure if it is time."""
+        every = self.every or max(1, state.max_steps // PARTS)
+        if self.on == "steps" and state.global_step % every == 0:
+            self._measure(state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        """Measure if it is time."""
+        if self.on == "epoch" and self._is_turn():
+            self._measure(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        """Measure if it is time, or if only checkpoints can be; keep the series with each checkpoint."""
+        if self._sharded and state.is_world_process_zero:
+            self._open_checkpoint(args, state)
+        elif self.on == "save" and self._is_turn():
+            self._measure(state)
+        if self.tracker is not None:
+            with self.tracker.budget.spending():
+                self.tracker.save(_folder(args), figures=False, history=state.log_history)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **told: Any,
+    ) -> None:
+        """Add the means that were measured since the last log."""
+        if self._pending and logs is not None:
+            logs.update(self._pending)
+            if state.log_history:
+                state.log_history[-1].update(self._pending)
+            self._pending = {}
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        """Measure the end; write series, figures, verdict and the card's section."""
+        if self.tracker is None:
+            return
+        if not self._sharded:
+            self._measure(state, floor=FLOOR_SECONDS)
+        if self._pending and self._trainer is not None:  # the Trainer's last log came before the last measurement
+            self._trainer.log({})
+        with self.tracker.budget.spending():
+            self.tracker.save(_folder(args), history=state.log_history)
+        self.write_section(Path(args.output_dir) / CARD, state)
+
+    def write_section(self, card: Path, state: TrainerState) -> None:
+        """Put the section on this training into a model card, or begin one with it."""
+        if self.tracker is None or not self.tracker.points:
+            return
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
+        try:
+            card.write_text(place(text, body, lmd_hf=__version__), encoding="utf-8")
+        except LmdError as error:  # a person has to decide; the card is as it was
+            warnings.warn(f"LMDCallback left {card} as it is: {error}", stacklevel=2)
+
+    def _is_turn(self) -> bool:
+        self._count += 1
+        return self._count % (self.every or 1) == 0
+
+    def _measure(self, state: TrainerState, floor: float = 0.0) -> None:
+        if self.tracker is not None and not self._sharded:
+            self.tracker.steps, before = state.global_step, len(self.tracker.points)
+            means = self.tracker.measure(floor=floor)
+            if len(self.tracker.points) > before:
+                self._pending = means
+
+    def _open_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Measure the checkpoint that was just saved, or say why that cannot be."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        try:
+            if self.tracker is None:
+                self.tracker = LMDTracker(folder, **self._options, resume=(_folder(args), state.global_step))
+            self.tracker.model, self.tracker.steps = folder, state.global_step
+            self._pending = self.tracker.measure()
+        except LmdError as error:
+            warnings.warn(f"LMDCallback cannot measure {folder.name}: {error}", stacklevel=2)
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir) / FOLDER
+
+
+def _resumed(args: TrainingArguments, state: TrainerState) -> tuple[Path, int] | None:
+    return (_folder(args), state.global_step) if state.global_step > 0 else None
+
+
+def _join(callback: LMDCallback) -> Trainer | None:
+    """Find the Trainer, go before the trackers, and write into every card that the Trainer writes.
+
+    The Trainer calls its trackers' callbacks before those that it is given, so that what these add to a log would come
+    too late; and it writes the model card, when asked for one, over what is there, without an event. It hands no
+    reference to itself to a callback, so it is found where it is: among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(trainer := frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or callback not in (callbacks := trainer.callback_handler.callbacks):
+        return None
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)
+    if getattr(trainer.create_model_card, "lmd_callback", None) is callback:
+        return trainer
+    create = trainer.create_model_card
+
+    def create_model_card(*positional: Any, **named: Any) -> None:
+        create(*positional, **named)
+        if trainer.is_world_process_zero():
+            callback.write_section(Path(trainer.args.output_dir) / CARD, trainer.state)
+
+    create_model_card.lmd_callback = callback  # type: ignore[attr-defined]
+    trainer.create_model_card = create_model_card
+    return trainer

@@ -1,0 +1,254 @@
+"""Measuring a model while it trains, in a share of the training's own time."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
+from lmd_hf.evidence import Convergence, Thresholds
+from lmd_hf.records import MatrixReport, Settings, Work
+from lmd_hf.report.files import Writer, text_writer, write_folder
+from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_weights
+from lmd_hf.run.measure import measure, read_metric, to_row
+from lmd_hf.run.plan import make_plan
+from lmd_hf.training.budget import FLOOR_SECONDS, Budget
+from lmd_hf.training.series import Point, read_series, summary, to_point, write_series
+from lmd_hf.training.source import open_training, takes_gradients
+from lmd_hf.training.views import Moved, View, from_tensors, look, moved, to_tensors
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.live import LiveSource
+from lmd_hf.weights.source import Source, open_source
+from lmd_hf.weights.stored import Stored, read_stored
+
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+SERIES, VIEWS, VERDICT = "series.parquet", "views.safetensors", "training.json"
+FIRST, OLDER, NEWER = ("first", "older", "newer")
+Key = tuple[str, str]
+
+
+class LMDTracker:
+    """The series of a model's matrices over a training loop of one's own: `step()` after every optimiser step.
+
+        tracker = LMDTracker(model, every=100)
+        for batch in batches:
+            ...
+            optimizer.step()
+            tracker.step(loss.item())  # numbers for a logger every 100 steps, else None
+        tracker.save("lmd")
+
+    The start is measured at once, then every `every` steps as many matrices as fit into `budget`, a share of the time
+    that the training itself takes (`None`: all of them, whatever it takes): those first that were measured longest ago,
+    of these the cheapest. The rest waits for its turn. Matrices that take no gradients are measured once; of a model
+    that peft has wrapped, the updates of its adapter are. `roles` and `metric` (`identity` or `norm`) are as for
+    `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
+
+    The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
+    `resume` is the folder of an earlier `save` and the step to go on from. Raises `SettingsError` for a selection that
+    leaves nothing, or nothing that is trained, and `SourceError` where parameters are spread over processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        *,
+        every: int = 100,
+        roles: Iterable[str] = (),
+        metric: str = "identity",
+        budget: float | None = 0.02,
+        resume: tuple[str | Path, int] | None = None,
+    ) -> None:
+        if every < 1:
+            raise SettingsError(f"every is {every}; give a number of steps from 1 on")
+        if metric not in ("identity", "norm"):
+            raise SettingsError(f"a training is watched in the metric 'identity' or 'norm', not in '{metric}'")
+        self.budget = Budget(budget)
+        self.model, self.every = model, every
+        self.points: list[Point] = []
+        self.skipped: dict[str, str] = {}
+        self.steps = 0
+        self._losses: list[dict[str, Any]] = []
+        self._views: dict[Key, dict[str, View]] = {}
+        self._rows: dict[Key, MatrixReport] = {}
+        self._moved: dict[Key, Moved] = {}
+        with self.budget.spending():
+            source = self._open()
+            todo = make_plan(
+                list_matrices(source), source.identity, Settings(metric=metric, roles=tuple(roles), device="cpu")
+            )
+            self._metric, self._works = metric, sorted(todo.works, key=lambda work: work.flops)
+            self._frozen = {_key(w) for w in todo.works if _is_frozen(source, w)}
+            if len(self._frozen) == len(self._works):
+                raise SettingsError(
+                    "no selected matrix takes gradients; unfreeze one, or select other roles: nothing here will move"
+                )
+            if resume is not None:
+                self.steps = resume[1]
+                self._restore(Path(resume[0]))
+        self.measure(floor=FLOOR_SECONDS)
+
+    def step(self, loss: float | None = None) -> dict[str, float] | None:
+        """Count an optimiser step; every `every` steps measure what the budget allows and return the means, else
+        `None`. The losses are evidence for the verdict."""
+        self.steps += 1
+        if loss is not None:
+            self._losses.append({"step": self.steps, "loss": loss})
+        return self.measure() if self.steps % self.every == 0 else None
+
+    def measure(self, *, floor: float = 0.0) -> dict[str, float]:
+        """Measure now, for as long as the budget has room, but at least `floor` seconds; the means over the last point
+        of every matrix (`lmd/latent_dim`, `lmd/subspace_cos2` …)."""
+        room = self.budget.room(floor)
+        if room > 0 and (due := self._due()):
+            with self.budget.spending():
+                source = self._open()
+            for work in due:
+                room -= self.budget.expected(work)
+                if room < 0:
+                    break
+                with self.budget.spending(work):
+                    self._measure(source, work)
+        return summary(self.points, self.steps)
+
+    def convergence(self, history: Sequence[dict[str, Any]] | None = None) -> Convergence:
+        """The verdict from the losses (`history`: a Trainer's `log_history`), from how far the matrices moved since
+        about the middle of what was seen, and from the weights; see `lmd_hf.run.convergence`."""
+        limits = Thresholds()
+        since = sorted({each.since for each in self._moved.values()})
+        source = f"step {since[0]:,}" + (f" to {since[-1]:,}" if len(since) > 1 else "") if since else "no earlier step"
+        return conclude(
+            [
+                judge_loss(self._losses if history is None else history, "the training's log", limits),
+                judge_change(list(self._moved.values()), source, limits),
+                judge_weights(list(self._rows.values()), limits),
+            ]
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row a matrix and step; the columns are those of `training.series.Point`."""
+        import pandas
+
+        return pandas.DataFrame([vars(point) for point in self.points], columns=list(Point.__dataclass_fields__))
+
+    def plot(self) -> "dict[str, Figure]":
+        """{name: figure}: `spectra`, S' of each role from the first step to the last, and `evolution` of latent
+        dimension, subspace drift and capacity."""
+        from lmd_hf.training.figures import figures
+
+        return figures(self.points)
+
+    def save(
+        self, folder: str | Path, *, figures: bool = True, history: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        """Write `series.parquet`, `training.json` (the verdict, and what measuring took), `views.safetensors` (what a
+        resumed training compares with) and, with `figures`, the plots; all or nothing. Raises `OutputError`."""
+        from lmd_hf.report.plots import writer
+
+        pictures = {f"{name}.png": writer(figure) for name, figure in self.plot().items()} if figures else {}
+        write_folder(Path(folder), {**self._writers(history), **pictures})
+
+    def told(self, history: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """The verdict and what measuring took, as JSON types."""
+        from lmd_hf.report.plain import plain
+
+        return {
+            "schema": "lmd-training/1",
+            "steps": self.steps,
+            "metric": self._metric,
+            "matrices": len(self._works),
+            "frozen": len(self._frozen),
+            "measured": len({(p.name, p.part) for p in self.points}),
+            "points": len(self.points),
+            "seconds": self.budget.spent,
+            "share_of_training_time": self.budget.used,
+            "skipped": dict(self.skipped),
+            "convergence": plain(self.convergence(history)),
+        }
+
+    def _writers(self, history: Sequence[dict[str, Any]] | None) -> dict[str, Writer]:
+        views = {
+            f"{kept}|{part}|{name}|{field}": tensor
+            for (name, part), found in self._views.items()
+            for kept, view in found.items()
+            for field, tensor in to_tensors(view).items()
+        }
+        text = json.dumps(self.told(history), indent=1, ensure_ascii=False) + "\n"
+        return {
+            SERIES: lambda path: write_series(self.points, path),
+            VIEWS: lambda path: save_file(views, path),
+            VERDICT: text_writer(text),
+        }
+
+    def _restore(self, folder: Path) -> None:
+        """What an earlier process saw up to this step; nothing where it left nothing."""
+        if not (folder / SERIES).is_file() or not (folder / VIEWS).is_file():
+            return
+        known = {_key(work) for work in self._works}
+        self.points = [p for p in read_series(folder / SERIES) if p.step <= self.steps and (p.name, p.part) in known]
+        tensors: dict[tuple[Key, str], dict[str, Tensor]] = {}
+        try:
+            with safe_open(folder / VIEWS, framework="pt") as file:
+                for label in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    kept, part, name, field = label.split("|", 3)
+                    tensors.setdefault(((name, part), kept), {})[field] = file.get_tensor(label)
+            for (key, kept), fields in tensors.items():
+                view = from_tensors(fields)
+                if view.step <= self.steps and key in known:
+                    self._views.setdefault(key, {})[kept] = view
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise FormatError(f"{folder / VIEWS}: damaged ({error}); move it away to begin anew") from None
+
+    def _open(self) -> Source:
+        return open_training(self.model) if isinstance(self.model, nn.Module) else open_source(self.model)
+
+    def _due(self) -> list[Work]:
+        """What was measured longest ago first (before that what never was), of these the cheapest; frozen ones once."""
+        seen = {(p.name, p.part): p.step for p in self.points}
+        works = [w for w in self._works if _key(w) not in self._frozen or _key(w) not in seen]
+        return sorted((w for w in works if seen.get(_key(w), -1) < self.steps), key=lambda w: seen.get(_key(w), -1))
+
+    @torch.no_grad()
+    def _measure(self, source: Source, work: Work) -> None:
+        """The next point of one matrix; one that cannot be read or is not finite is named in `skipped`."""
+        begun, ref = self.budget.clock(), work.ref
+        try:
+            stored = _where_float64_is(read_stored(source, ref))
+            gain = read_metric(source, ref, self._metric)
+            row = to_row(ref, measure(work, stored, gain), kernel=work.kernel)
+        except (NoDataError, SourceError, FormatError, ValueError) as error:
+            self.skipped[ref.name] = str(error)
+            return
+        self.skipped.pop(ref.name, None)
+        now, kept = look(self.steps, row, stored, gain), self._views.setdefault(_key(work), {})
+        if FIRST not in kept or (kept[FIRST].cut == 0 and now.cut):
+            kept[FIRST] = now  # an adapter begins at 0, which has no directions
+        if NEWER not in kept or self.steps >= 2 * kept[NEWER].step:  # so that OLDER is a half to a quarter of the way
+            kept[OLDER], kept[NEWER] = kept.get(NEWER, now), now
+        self._rows[_key(work)], self._moved[_key(work)] = row, moved(kept[OLDER], now, row)
+        since_first = moved(kept[FIRST], now, row)
+        self.points.append(to_point(self.steps, row, since_first, self.budget.clock() - begun))
+
+
+def _key(work: Work) -> Key:
+    return work.ref.name, work.ref.part
+
+
+def _is_frozen(source: Source, work: Work) -> bool:
+    return isinstance(source, LiveSource) and not takes_gradients(source, work.ref)
+
+
+def _where_float64_is(stored: Stored) -> Stored:
+    """The matrix on its own device, but for Apple's, which has no float64."""
+    if isinstance(stored.matrix, Tensor) and stored.matrix.device.type == "mps":
+        return replace(stored, matrix=stored.matrix.cpu())
+    return stored
