@@ -86,6 +86,8 @@ def analyze_one(
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
             decomposed = time.perf_counter()
             heads = _heads(inventory, source, settings, world)
+            if isinstance(source, FileSource):
+                source.loaded.clear()  # what follows needs weights alone
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)

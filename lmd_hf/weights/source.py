@@ -90,7 +90,7 @@ class Source(Protocol):
 class FileSource:
     """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
     `subfolder` and `token` are what the repository was opened with. `training` finds the (name, path) of the state that
-    a trainer left beside them, and fetches it."""
+    a trainer left beside them, and fetches it. `loaded` keeps the whole model, by device, for whoever runs it again."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -104,6 +104,7 @@ class FileSource:
     subfolder: str = ""
     token: str | bool | None = field(default=None, repr=False)
     training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
+    loaded: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)
 
     def on_disk(self, name: str) -> bool:
         """Whether reading that file costs no network."""
