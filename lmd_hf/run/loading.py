@@ -71,19 +71,29 @@ def origin(source: Source) -> Origin:
 
 def load_model(source: Source, place: Origin, device: str = "auto") -> nn.Module:
     """The model with its weights: float32 on a CPU, its own type on a GPU, where accelerate spreads it over what there
-    is (`device` "auto") or it goes to the one named. A live module is itself, as it is."""
+    is (`device` "auto") or it goes to the one named. A live module is itself, as it is. What was loaded once is given
+    again, until `source.loaded` is cleared."""
     if source.module is not None:
         return source.module
+    kept = source.loaded if isinstance(source, FileSource) else {}
+    if device not in kept:
+        kept[device] = load_again(source, place, device)
+    return kept[device]
+
+
+def load_again(source: Source, place: Origin, device: str) -> nn.Module:
+    """The model from its files, whatever was loaded before."""
     import transformers
 
     names = source.identity.architectures
     kind = getattr(transformers, names[0], None) if names else None
     factory = (kind or transformers.AutoModel).from_pretrained
     target = pick_device(device)
-    if target.type == "cpu":
-        return place.load(factory, dtype=torch.float32, trust_remote_code=False)
-    spread = "auto" if device == "auto" and local_processes() == 1 else target
-    return place.load(factory, dtype="auto", device_map=spread, trust_remote_code=False)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if target.type != "cpu":
+        options = {"dtype": "auto", "device_map": "auto" if device == "auto" and local_processes() == 1 else target}
+    model: nn.Module = place.load(factory, **options, trust_remote_code=False)
+    return model
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import mmap
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +42,7 @@ TORCH_DTYPES = {
 EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
 GGUF_NOTE = "llama.cpp may order the rows of q and k for its own rotary form; no singular value feels it"
+LARGEST = 2**25  # bytes of a tensor that is remembered: embeddings, which no head reads, would take all the room
 
 
 class Source(Protocol):
@@ -86,11 +88,41 @@ class Source(Protocol):
         ...
 
 
+@dataclass
+class Memory:
+    """Tensors that were fetched and will be asked for once more, up to `room` bytes."""
+
+    room: int
+    kept: dict[tuple[TensorRef, int, int], Tensor] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep(self, key: tuple[TensorRef, int, int], value: Tensor) -> None:
+        """Remember it, if there is room."""
+        with self.lock:
+            if key not in self.kept and value.nbytes <= min(self.room, LARGEST):
+                self.kept[key] = value
+                self.room -= value.nbytes
+
+    def take(self, key: tuple[TensorRef, int, int]) -> Tensor | None:
+        """What was remembered, which is forgotten then."""
+        with self.lock:
+            value = self.kept.pop(key, None)
+            self.room += 0 if value is None else value.nbytes
+            return value
+
+    def clear(self) -> None:
+        """Forget everything, and remember nothing more."""
+        with self.lock:
+            self.kept.clear()
+            self.room = 0
+
+
 @dataclass(frozen=True)
 class FileSource:
     """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
     `subfolder` and `token` are what the repository was opened with. `training` finds the (name, path) of the state that
-    a trainer left beside them, and fetches it."""
+    a trainer left beside them, and fetches it. `loaded` keeps the whole model, by device, for whoever runs it again,
+    `memory` what was fetched for whoever reads it again."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -104,6 +136,8 @@ class FileSource:
     subfolder: str = ""
     token: str | bool | None = field(default=None, repr=False)
     training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
+    loaded: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)
+    memory: Memory = field(default_factory=lambda: Memory(0), compare=False, repr=False)
 
     def on_disk(self, name: str) -> bool:
         """Whether reading that file costs no network."""
@@ -116,7 +150,14 @@ class FileSource:
             return read_pickled(_local(self.locate(tensor.file)))[tensor.name].reshape(tensor.shape)[start:stop]
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
-        row_bytes = (tensor.stop - tensor.start) // rows
+        if (known := self.memory.take((tensor, start, stop))) is not None:
+            return known
+        value = self._read(tensor, start, stop, (tensor.stop - tensor.start) // rows)
+        if self.memory.room and not self.on_disk(tensor.file):
+            self.memory.keep((tensor, start, stop), value)
+        return value
+
+    def _read(self, tensor: TensorRef, start: int, stop: int, row_bytes: int) -> Tensor:
         buffer = _page_buffer((stop - start) * row_bytes)
         with self.locate(tensor.file).open("rb") as file:
             file.seek(tensor.start + start * row_bytes)

@@ -10,6 +10,7 @@ import torch
 from lmd_hf import analyze
 from lmd_hf.circuits import Heads
 from lmd_hf.records import Data, Settings
+from lmd_hf.run import loading
 from lmd_hf.run.batches import load_batches
 from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
@@ -125,6 +126,17 @@ def test_a_live_module_is_left_as_it_was(ids):
     assert (model.config._attn_implementation, model.training) == (before, True)
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     assert not [hook for hook in hooks if hook.__module__.startswith("lmd_hf")]
+
+
+def test_the_model_is_loaded_once_for_the_metric_and_the_heads(ids, tmp_path, monkeypatch):
+    models.make("llama", max_position_embeddings=64).save_pretrained(folder := tmp_path / "model")
+    loads, load_again = [], loading.load_again
+    monkeypatch.setattr(loading, "load_again", lambda *arguments: loads.append(1) or load_again(*arguments))
+    report = analyze(folder, metric="data", data=Data(ids, seq_len=64), heads=True, roles=("q",), device="cpu")
+    assert len(loads) == 1
+    alone = focused(open_source(folder), Data(ids, seq_len=64))
+    assert [row.k90 for row in report.heads] == [row.k90 for row in alone.rows]
+    assert all(row.hopfield_class for row in report.heads)
 
 
 def test_models_that_show_no_softmax_are_notes(ids):

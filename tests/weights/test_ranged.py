@@ -5,19 +5,21 @@ import json
 import models
 import numpy as np
 import pytest
+import torch
 
 from lmd_hf import analyze, cli
 from lmd_hf.api import plan
 from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.pipeline import _is_certain
-from lmd_hf.records import Settings
+from lmd_hf.records import Settings, TensorRef
+from lmd_hf.run.journal import clear_kept
 from lmd_hf.run.plan import make_plan
 from lmd_hf.run.read_ahead import merged, spans
 from lmd_hf.weights import hub as hub_module
 from lmd_hf.weights import ranged
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
-from lmd_hf.weights.source import open_source
+from lmd_hf.weights.source import Memory, open_source
 
 
 FIRST = 4000
@@ -52,6 +54,37 @@ def same(one, other):
     for a, b in zip(one.matrices, other.matrices, strict=True):
         np.testing.assert_array_equal(a.singular_values, b.singular_values)
     assert one.coverage == other.coverage
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "mixtral"])
+def test_heads_and_mlps_read_what_the_table_has_fetched(hub, put, save, family, monkeypatch):
+    file = (save(family) / "model.safetensors").stat().st_size
+    remembered = analyze(put(family), heads=True)
+    assert remembered.environment["bytes_fetched"] <= file + FIRST
+    monkeypatch.setattr("lmd_hf.pipeline.REMEMBERED", 0)
+    clear_kept()
+    again = analyze(put(family), heads=True)
+    assert again.environment["bytes_fetched"] > 1.2 * file
+    same(remembered, again)
+    assert remembered.heads == again.heads
+    assert remembered.mlps == again.mlps
+
+
+def test_a_memory_gives_once_and_keeps_to_its_room(monkeypatch):
+    monkeypatch.setattr("lmd_hf.weights.source.LARGEST", 1000)
+    memory = Memory(4000)
+    ref = TensorRef("w", "m", 0, 400, "U8", (400,))
+    values = [torch.full((1000,), i, dtype=torch.uint8) for i in range(6)]
+    for i, value in enumerate(values):
+        memory.keep((ref, i, i + 1), value)
+    assert [memory.take((ref, i, i + 1)) is values[i] for i in range(6)] == [True] * 3 + [True, False, False]
+    assert memory.take((ref, 0, 1)) is None
+    memory.keep((ref, 9, 10), torch.zeros(1001, dtype=torch.uint8))
+    assert memory.take((ref, 9, 10)) is None
+    assert memory.room == 4000
+    memory.clear()
+    memory.keep((ref, 0, 1), values[0])
+    assert memory.take((ref, 0, 1)) is None
 
 
 @pytest.mark.parametrize("fault", ["cut", "short", "busy", "error", "expired", "all"])
@@ -149,7 +182,8 @@ def test_what_is_fetched_before_the_plan_is_final_is_wanted_by_it(save, family, 
     assert {(w.ref.tensors[0], None, ()) for w in early if _is_certain(w.ref)} <= final
 
 
-def test_what_heads_fetch_a_second_time_is_counted(hub, put):
+def test_what_heads_fetch_a_second_time_is_counted(hub, put, monkeypatch):
+    monkeypatch.setattr("lmd_hf.pipeline.REMEMBERED", 0)
     plain = analyze(put("llama", "ranged/plain")).environment["bytes_fetched"]
     report = analyze(put("llama", "ranged/heads"), heads=True)
     blocks = [m for m in report.matrices if m.block]
