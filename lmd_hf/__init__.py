@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lmd_hf.errors import LmdError
     from lmd_hf.evidence import Thresholds
     from lmd_hf.hub.dataset import load_results, push_results
+    from lmd_hf.layers.linear import LMDLinear
     from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
     from lmd_hf.records import Settings
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
     from lmd_hf.run.lens import read_directions
     from lmd_hf.run.margin import encoding_margin
+    from lmd_hf.truncated.model import LMDModel
+    from lmd_hf.truncated.truncate import truncate
 
 __version__ = "0.1.0"
 
@@ -29,7 +32,10 @@ _HOMES = {
     "push_results": "lmd_hf.hub.dataset",
     "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
+    "truncate": "lmd_hf.truncated.truncate",
     "Comparison": "lmd_hf.report.compare",
+    "LMDLinear": "lmd_hf.layers.linear",
+    "LMDModel": "lmd_hf.truncated.model",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
@@ -37,6 +43,8 @@ _HOMES = {
 }
 __all__ = [
     "Comparison",
+    "LMDLinear",
+    "LMDModel",
     "LmdError",
     "Report",
     "Settings",
@@ -51,6 +59,7 @@ __all__ = [
     "push_results",
     "read_directions",
     "required_degree",
+    "truncate",
 ]
 
 
