@@ -21,6 +21,7 @@ from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
 from lmd_hf.hub.command import add_annotate
 from lmd_hf.options import add_settings, chosen_settings
+from lmd_hf.truncated.command import add_truncate
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -151,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     card.set_defaults(run=_card)
     add_annotate(commands, common)
     add_reproduce(commands, common)
+    recipe = commands.add_parser("recipe", help="what the numbers are for: a smaller model")
+    add_truncate(recipe.add_subparsers(title="recipes", required=True, metavar="RECIPE"), common)
     return parser
 
 

@@ -17,10 +17,13 @@ def add_settings(parser: Parser, record: Any, names: tuple[str, ...] = ()) -> No
                 _add_setting(parser, setting)
 
 
-def chosen_settings(record: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """{field: what was chosen}; a record that it holds is `None` where all is as by default."""
+def chosen_settings(record: Any, options: argparse.Namespace, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """{field: what was chosen}, of all fields or of these alone; a record that it holds is `None` where all is as by
+    default."""
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(record):
+        if names and field.name not in names:
+            continue
         values = {setting.name: getattr(options, setting.name) for setting in _settings_in(field)}
         held = field.metadata.get("fields")
         chosen[field.name] = values[field.name] if held is None else _recorded(held, values)
