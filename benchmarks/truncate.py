@@ -112,7 +112,8 @@ def main() -> None:
     table = tabulate(rows, headers=("ratio", "parameters", *CONTENDERS), tablefmt="github", disable_numparse=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text = (
-        f"Held-out loss, nats a token, over {HELD_OUT * (WINDOW - 1):,} tokens; whole: {size:,} parameters, {before:.3f}.\n\n"
+        f"Held-out loss, nats a token, over {HELD_OUT * (WINDOW - 1):,} tokens; whole: {size:,} parameters, "
+        f"{before:.3f}.\n\n"
         f"{table}\n\n"
         f"Seconds for the factors: {', '.join(f'{name} {value:.1f}' for name, value in seconds.items())} "
         f"({SEEN * WINDOW:,} tokens of data). {cores} cores, Python {platform.python_version()}, torch "
