@@ -63,8 +63,9 @@ def most_axes(shape: tuple[int, int]) -> int:
     return (shape[0] * shape[1] - 1) // (shape[0] + shape[1] + 1)
 
 
-def within_budget(curves: Sequence[Curve], budget: int) -> tuple[int | None, ...]:
+def within_budget(curves: Sequence[Curve], budget: int, *, whole: bool = True) -> tuple[int | None, ...]:
     """How many axes each matrix keeps, at least one, or `None` where it stays whole; at most `budget` parameters.
+    Without `whole` none does.
 
     Optimal for the parameters that it spends as long as every step of the hull fits; the last steps before the budget
     may not, and then smaller ones fill it, so the loss is above the optimum by less than one step of one matrix.
@@ -75,7 +76,7 @@ def within_budget(curves: Sequence[Curve], budget: int) -> tuple[int | None, ...
         told = f"{budget:,} parameters are too few: one axis in each of {len(curves)} matrices takes {least:,}"
         raise SettingsError(f"{told}; give a larger ratio, or fewer matrices (roles)")
     losses = [curve.losses() for curve in curves]
-    turns = [_turn(curve, e) for curve, e in zip(curves, losses, strict=True)]
+    turns = [_turn(curve, e) if whole else 0 for curve, e in zip(curves, losses, strict=True)]
     kept: list[int | None] = [1] * len(curves)
     left = budget - least
 
