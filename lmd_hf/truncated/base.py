@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from lmd_hf.errors import SettingsError
+from lmd_hf.layers.linear import LMDLinear
 from lmd_hf.run.loading import Origin, load_model, origin
 from lmd_hf.weights.answers import told
 from lmd_hf.weights.live import open_live
@@ -97,6 +98,8 @@ def _check(model: nn.Module) -> None:
     name = type(model).__name__
     if any(type(each).__module__.partition(".")[0] == "peft" for each in model.modules()):
         raise SettingsError(f"{name}: peft has put adapters into it; {MERGE}")
+    if any(isinstance(each, LMDLinear) for each in model.modules()):
+        raise SettingsError(f"{name}: some of its layers hold factors already; merge() it and truncate what that gives")
     config: Any = getattr(model, "config", None)
     if config is not None and (method := quantisation(config.to_dict() if hasattr(config, "to_dict") else None)):
         raise SettingsError(f"{name}: quantised ('{method}'); {QUANTISED}")

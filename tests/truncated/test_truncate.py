@@ -224,6 +224,13 @@ def test_peft_quantised_and_offloaded_models_are_refused(save, tmp_path):
         truncate(str(tmp_path / "none"), rank=2)
 
 
+def test_a_truncated_model_is_merged_before_it_is_truncated_again():
+    found = truncate(models.make("llama"), rank=6)
+    with pytest.raises(SettingsError, match="hold factors already; merge"):
+        truncate(found, rank=4)
+    assert truncate(found.merge(), rank=4).truncation.layers[0].energy < 1
+
+
 def test_a_layer_with_nan_is_named():
     model = models.make("llama")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
