@@ -73,7 +73,7 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
             raise SettingsError(f"{told}; save its state_dict, or merge() it")
         values = config.to_dict() | {"architectures": [type(self.model).__name__]}
         values.pop("_name_or_path", None)  # a place on this machine
-        text = {"lmd_hf": __version__, "truncation": plain(self.truncation), "base_config": values}
+        text = {"lmd_hf": __version__, "truncated": plain(self.truncation), "base_config": values}
         state, ties = _state(self.model)
         try:
             save_torch_state_dict(state, save_directory, metadata={"format": "pt"})
@@ -100,7 +100,10 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
             download = lambda: snapshot_download(model_id, allow_patterns=patterns, **where)  # noqa: E731
             folder = Path(told(model_id, download, revision=where.get("revision")))
         config = _read_config(folder, model_id)
-        truncation = Truncation.from_dict(config["truncation"])
+        try:
+            truncation = Truncation.from_dict(config["truncated"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{model_id}: its config.json holds no readable record ({error!r})") from None
         model = _build(config["base_config"], truncation, model_id)
         _load(model, folder, config["ties"], model_id)
         if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
@@ -151,7 +154,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         config = {}
     except ValueError as error:
         raise FormatError(f"{name}: its config.json is no JSON ({error})") from None
-    if not isinstance(config, dict) or not {"truncation", "base_config", "ties"} <= set(config):
+    if not isinstance(config, dict) or not {"truncated", "base_config", "ties"} <= set(config):
         told = "not a model that lmd_hf.truncate made (its config.json holds no truncation)"
         raise SourceError(f"{name}: {told}; load it with transformers")
     return config

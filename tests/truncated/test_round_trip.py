@@ -149,6 +149,11 @@ def test_what_is_no_truncated_model_or_a_damaged_one_is_told(saved, tmp_path, ba
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(FormatError, match="do not fit"):
         LMDModel.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for broken in ({"truncated": {}}, {"base_config": config["base_config"] | {"architectures": ["NoSuchModel"]}}):
+        (folder / "config.json").write_text(json.dumps(config | broken))
+        with pytest.raises((FormatError, SourceError), match=r"no readable record|has no 'NoSuchModel'"):
+            LMDModel.from_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises((FormatError, json.JSONDecodeError)):
         LMDModel.from_pretrained(folder)

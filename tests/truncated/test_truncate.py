@@ -121,6 +121,17 @@ def test_in_the_metric_of_data_the_outputs_have_the_least_error_and_their_mean_s
     assert (plain @ second @ plain.T).trace().sqrt().item() > 1.02 * best.error_bound
 
 
+def test_the_metric_of_neighbours_is_another_one_and_counts_the_axes_all_the_same(texts):
+    model = models.make("llama")
+    found = [
+        truncate(model, rank=6, metric="data", data=Data(str(texts / "ids.jsonl"), seq_len=16, graph=graph))
+        for graph in ("complete", "knn")
+    ]
+    assert [layer.rank for layer in found[0].truncation.layers] == [layer.rank for layer in found[1].truncation.layers]
+    weights = [each.model.model.layers[1].mlp.up_proj.weight for each in found]
+    assert (weights[0] - weights[1]).abs().max() > 1e-3
+
+
 def test_fisher_information_predicts_the_divergence_of_a_small_error(texts):
     """½ E[δᵀFδ] of one layer's error beside the divergence of the predictions that it makes."""
     from lmd_hf.run.batches import load_batches
