@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lmd_hf.errors import LmdError
     from lmd_hf.evidence import Thresholds
     from lmd_hf.hub.dataset import load_results, push_results
+    from lmd_hf.layers.linear import LMDLinear
     from lmd_hf.matrix.capacity import required_degree
     from lmd_hf.matrix.lmd import decompose
     from lmd_hf.recipes.extract import extract
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lmd_hf.run.lens import read_directions
     from lmd_hf.run.margin import encoding_margin
     from lmd_hf.training.tracker import LMDTracker
+    from lmd_hf.truncated.model import LMDModel
+    from lmd_hf.truncated.truncate import truncate
 
 __version__ = "0.1.0"
 
@@ -39,9 +42,12 @@ _HOMES = {
     "push_results": "lmd_hf.hub.dataset",
     "read_directions": "lmd_hf.run.lens",
     "required_degree": "lmd_hf.matrix.capacity",
+    "truncate": "lmd_hf.truncated.truncate",
     "Comparison": "lmd_hf.report.compare",
     "LMDCallback": "lmd_hf.callback",
     "LMDTracker": "lmd_hf.training.tracker",
+    "LMDLinear": "lmd_hf.layers.linear",
+    "LMDModel": "lmd_hf.truncated.model",
     "LmdError": "lmd_hf.errors",
     "Report": "lmd_hf.report.report",
     "Settings": "lmd_hf.records",
@@ -50,6 +56,8 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "LMDCallback",
+    "LMDLinear",
+    "LMDModel",
     "LMDTracker",
     "LmdError",
     "Report",
@@ -70,6 +78,7 @@ __all__ = [
     "push_results",
     "read_directions",
     "required_degree",
+    "truncate",
 ]
 
 

@@ -22,6 +22,7 @@ from lmd_hf.experiments.command import add_reproduce
 from lmd_hf.hub.command import add_annotate
 from lmd_hf.options import add_settings, chosen_settings
 from lmd_hf.recipes.command import add_recipe
+from lmd_hf.truncated.command import add_truncate
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     card.set_defaults(run=_card)
     add_annotate(commands, common)
     add_reproduce(commands, common)
-    add_recipe(commands, common)
+    add_truncate(add_recipe(commands, common), common)
     return parser
 
 

@@ -30,6 +30,7 @@ EXPERIMENTS: dict[str, str] = {  # name: its question
     "hopfield-similarity": "Which similarity finds a stored digit again from a noisy or a half hidden one?",
     "capacity-expressivity": "Which ratio of capacity to expressivity goes with the lowest error on which manifold?",
     "encoding-margin": "Does the encoding theorem's bound hold for trained networks, and how tight is it?",
+    "adaptive": "Does a network trained in factors learn better if its latent spectrum decides their ranks?",
 }
 
 

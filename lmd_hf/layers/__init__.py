@@ -1,4 +1,4 @@
-"""nn.Modules made of the decomposition: `UniversalHopfield`. Loaded on first use."""
+"""nn.Modules made of the decomposition: `LMDLinear`, `UniversalHopfield`. Loaded on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmd_hf.layers.hopfield import UniversalHopfield
+    from lmd_hf.layers.linear import LMDLinear
 
-_HOMES = {"UniversalHopfield": "lmd_hf.layers.hopfield"}
-__all__ = ["UniversalHopfield"]
+_HOMES = {"LMDLinear": "lmd_hf.layers.linear", "UniversalHopfield": "lmd_hf.layers.hopfield"}
+__all__ = ["LMDLinear", "UniversalHopfield"]
 
 
 def __getattr__(name: str) -> Any:

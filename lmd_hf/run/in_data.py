@@ -15,7 +15,7 @@ from lmd_hf.matrix.intrinsic import Dimension, intrinsic_dimensions
 from lmd_hf.matrix.metrics import Metric, dense
 from lmd_hf.matrix.neighbours import NEIGHBOURS, nearest
 from lmd_hf.matrix.sampled import compact, energy_errors, energy_share, leading_axes
-from lmd_hf.records import Data, DataFigures, Factored, Plan, Work
+from lmd_hf.records import Data, DataFigures, Factored, MatrixRef, Plan, Work
 from lmd_hf.run.activations import ROWS, Observed, needed_tokens, observe, passes
 from lmd_hf.run.batches import Batches, load_batches
 from lmd_hf.run.loading import load_model, origin
@@ -66,14 +66,11 @@ def rounds(plan: Plan, source: Source, device: torch.device, world: World) -> It
         yield Round(frozenset(range(len(plan.works))), {})
         return
     model, batches = world.together(lambda: _loaded(source, data, plan.settings.device))
-    longest = batches.build([batches.examples - 1])
-    taps = world.together(lambda: find_taps(model, [work.ref for work in plan.works], longest))
-    found = list(zip(plan.works, taps, strict=True))
-    widths = {tap.input: work.ref.shape[1] for work, tap in found if isinstance(tap, Tap)}
-    tokens = world.together(lambda: needed_tokens(widths.values(), data, batches))
-    groups = passes(widths, data.graph, min(world.gather(memory_limit(device)))) or [[]]
-    for number, group in enumerate(groups):
-        observed = observe(model, batches, group, data, tokens=tokens, world=world)
+    refs = [work.ref for work in plan.works]
+    for number, (taps, observed, count) in enumerate(
+        observations(model, batches, refs, data, device=device, world=world)
+    ):
+        found = list(zip(plan.works, taps, strict=True))
         biases = {(t.input, t.biased) for _, t in found if isinstance(t, Tap) and t.input in observed}
         sights = _prepared(observed, sorted(biases), data, device)
         seen: dict[Work, Sight] = {}
@@ -84,7 +81,21 @@ def rounds(plan: Plan, source: Source, device: torch.device, world: World) -> It
             elif isinstance(tap, str) and number == 0:
                 seen[work] = tap
         indices = frozenset(i for i, work in enumerate(plan.works) if work in seen)
-        yield Round(indices, seen, _about(data, batches, observed, len(groups)) if number == 0 else ())
+        yield Round(indices, seen, _about(data, batches, observed, count) if number == 0 else ())
+
+
+def observations(
+    model: nn.Module, batches: Batches, refs: list[MatrixRef], data: Data, *, device: torch.device, world: World
+) -> Iterator[tuple[list[Tap | str], dict[str, Observed], int]]:
+    """One entry for each pass over the data: the taps of `refs` in their order, what this pass saw of which inputs, and
+    how many passes there are."""
+    longest = batches.build([batches.examples - 1])
+    taps = world.together(lambda: find_taps(model, refs, longest))
+    widths = {tap.input: ref.shape[1] for ref, tap in zip(refs, taps, strict=True) if isinstance(tap, Tap)}
+    tokens = world.together(lambda: needed_tokens(widths.values(), data, batches))
+    groups = passes(widths, data.graph, min(world.gather(memory_limit(device)))) or [[]]
+    for group in groups:
+        yield taps, observe(model, batches, group, data, tokens=tokens, world=world), len(groups)
 
 
 def memory_limit(device: torch.device) -> float:
@@ -159,27 +170,49 @@ def _graph_and_dimensions(rows: Tensor, neighbours: int) -> tuple[Graph, Dimensi
 def _prepare(
     seen: Observed, near: tuple[Graph | None, Dimensions], biased: bool, data: Data, device: torch.device
 ) -> Seen | str:
-    width, (graph, dimensions) = seen.rows.shape[1], near
-    knn = data.graph == "knn"
-    samples = len(seen.rows) if knn else seen.count
-    if samples == 0:
+    graph, dimensions = near
+    found = gram_of(seen, graph, biased, data)
+    if isinstance(found, str) or graph is None:
+        return found if isinstance(found, str) else too_few(seen, data)
+    gram = found.to(device)
+    rows = seen.rows.to(torch.float64) - _center(seen, biased)
+    return Seen(_samples(seen, data), dense(gram), gram, rows, seen.examples, graph, dimensions, data)
+
+
+def gram_of(seen: Observed, graph: Graph | None, biased: bool, data: Data) -> Tensor | str:
+    """The metric's matrix (float64, not regularised) of an input: its scatter over `graph` with `knn`, else its second
+    moments, about the mean where the layer is `biased`; or why there is none."""
+    if _samples(seen, data) == 0:
         return "no row of its input is a token of the data"
     if not torch.isfinite(seen.rows).all() or not torch.isfinite(seen.mean).all():
         return "its input holds NaN or infinity"
-    if samples <= width or graph is None:
-        most = f" (a graph has {ROWS['knn']:,} at most)" if knn and width >= ROWS["knn"] else ""
-        return f"{samples:,} rows of its input are too few for the metric, which needs {width + 1:,}{most}"
-    mean = seen.mean if biased else torch.zeros_like(seen.mean)
-    if knn:
+    if _samples(seen, data) <= seen.rows.shape[1] or (data.graph == "knn" and graph is None):
+        return too_few(seen, data)
+    if data.graph == "knn":
+        assert graph is not None, "asked for above"
         gram = scatter(seen.rows, graph)
     else:
         assert seen.moments is not None, "moments are kept for the complete graph"
+        mean = _center(seen, biased)
         gram = seen.moments - mean[:, None] * mean
     if gram.trace() <= RANGE * (seen.rows.to(torch.float64) ** 2).sum() / len(seen.rows):
-        return "its input never changes" + (" from a sample to its neighbours" if knn else "")
-    gram = gram.to(device)
-    rows = seen.rows.to(torch.float64) - mean
-    return Seen(samples, dense(gram), gram, rows, seen.examples, graph, dimensions, data)
+        return "its input never changes" + (" from a sample to its neighbours" if data.graph == "knn" else "")
+    return gram
+
+
+def too_few(seen: Observed, data: Data) -> str:
+    """The reason where an input has fewer rows than its metric needs."""
+    width = seen.rows.shape[1]
+    most = f" (a graph has {ROWS['knn']:,} at most)" if data.graph == "knn" and width >= ROWS["knn"] else ""
+    return f"{_samples(seen, data):,} rows of its input are too few for the metric, which needs {width + 1:,}{most}"
+
+
+def _samples(seen: Observed, data: Data) -> int:
+    return len(seen.rows) if data.graph == "knn" else seen.count
+
+
+def _center(seen: Observed, biased: bool) -> Tensor:
+    return seen.mean if biased else torch.zeros_like(seen.mean)
 
 
 def _figures(w_OI: Tensor, kept: int | None, seen: Seen) -> tuple[DataFigures, np.ndarray | None]:

@@ -25,6 +25,7 @@ capacity               How does the number of patterns that an associative memor
 hopfield-similarity    Which similarity finds a stored digit again from a noisy or a half hidden one?
 capacity-expressivity  Which ratio of capacity to expressivity goes with the lowest error on which manifold?
 encoding-margin        Does the encoding theorem's bound hold for trained networks, and how tight is it?
+adaptive               Does a network trained in factors learn better if its latent spectrum decides their ranks?
 """
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lmd_hf.experiments import (
     activations,
+    adaptive,
     capacity,
     capacity_expressivity,
     convergence,
@@ -33,6 +34,7 @@ TINY = {
     "capacity": capacity.Setup(((2, (128, 256)), (3, (32, 64)), (4, (16, 24))), (8, 12), 16, 4096),
     "capacity-expressivity": capacity_expressivity.Setup(points=40, widths=(16, 32), steps=5),
     "encoding-margin": encoding_margin.Setup(points=(60, 120), digits=200, tests=40, width=8, steps=5),
+    "adaptive": adaptive.Setup(language=11, digits=11),
 }
 
 
@@ -200,3 +202,25 @@ def test_swiss_roll_finds_two_dimensions():
     """The issue's measure and its control, for both graphs; the other targets may disagree, and for knn they do."""
     found = swiss_roll.run((0, 1)).checks
     assert all(found[place].agrees for place in (0, 1, 3, 4, 6, 7)), [check.found for check in found]
+
+
+def adaptive_trials(**losses):
+    found = {kind: losses.get(kind.replace(" ", "_"), 2.0) for kind in adaptive.KINDS}
+    return {task: [adaptive.Trial(found, {}, {}, {})] * 10 for task in adaptive.TASKS}
+
+
+def test_adaptive_ranks_agree_where_they_beat_fixed_ranks_and_dense_networks():
+    assert verdicts(adaptive.judge(adaptive_trials(adaptive=1.9))) == [True] * 6
+    assert verdicts(adaptive.judge(adaptive_trials(adaptive=1.9, fixed_rank=1.8))) == [False] * 2 + [True] * 4
+    assert (
+        verdicts(adaptive.judge(adaptive_trials(adaptive=1.9, narrower=1.8))) == [True] * 2 + [False] * 2 + [True] * 2
+    )
+    assert verdicts(adaptive.judge(adaptive_trials())) == [False] * 6
+
+
+def test_networks_that_are_compared_have_the_parameters_of_the_dense_one_at_most():
+    wide, narrow = adaptive._digits(0)
+    most = sum(p.numel() for p in narrow.model.parameters())
+    for kind in adaptive.KINDS:
+        _, size, *_ = adaptive._trained((wide, kind, narrow), steps=11)
+        assert 0.9 * most <= size <= most
