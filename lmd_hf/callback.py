@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             self._open_checkpoint(args, state)
         elif self.on == "save" and self._is_turn():
             self._measure(state)
-        if self.tracker is not None:
-            with self.tracker.budget.spending():
+        if self.tracker is not None and _checkpoint(args, state).is_dir():
+            with self.tracker.budget.spending(), _no_reason_to_stop():
                 self.tracker.checkpoint(_checkpoint(args, state) / FOLDER)
 
     def on_log(
@@ -119,7 +120,7 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             self._measure(state, floor=FLOOR_SECONDS)
         if self._pending and self._trainer is not None:  # the Trainer's last log came before the last measurement
             self._trainer.log({})
-        with self.tracker.budget.spending():
+        with self.tracker.budget.spending(), _no_reason_to_stop():
             self.tracker.save(Path(args.output_dir) / FOLDER, history=state.log_history)
         self.write_section(Path(args.output_dir) / CARD, state)
 
@@ -129,10 +130,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             return
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
-        try:
+        with _no_reason_to_stop():  # a person has to decide; the card is as it was
             card.write_text(place(text, body, lmd_hf=__version__), encoding="utf-8")
-        except LmdError as error:  # a person has to decide; the card is as it was
-            warnings.warn(f"LMDCallback left {card} as it is: {error}", stacklevel=2)
 
     def _is_turn(self) -> bool:
         self._count += 1
@@ -148,13 +147,20 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     def _open_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
         """Measure the checkpoint that was just saved, or say why that cannot be."""
         folder = _checkpoint(args, state)
-        try:
+        with _no_reason_to_stop():
             if self.tracker is None:
                 self.tracker = LMDTracker(folder, **self._options, resume=(self._resumed, state.global_step))
             self.tracker.model, self.tracker.steps = folder, state.global_step
             self._pending = self.tracker.measure()
-        except LmdError as error:
-            warnings.warn(f"LMDCallback cannot measure {folder.name}: {error}", stacklevel=2)
+
+
+@contextmanager
+def _no_reason_to_stop() -> Iterator[None]:
+    """What we cannot read or write becomes a warning: the training is worth more than what is told of it."""
+    try:
+        yield
+    except LmdError as error:
+        warnings.warn(f"LMDCallback goes on without: {error}", stacklevel=4)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

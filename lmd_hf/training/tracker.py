@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SERIES, VIEWS, VERDICT = "series.parquet", "views.safetensors", "training.json"
 FIRST, OLDER, NEWER = ("first", "older", "newer")
 Key = tuple[str, str]
+# what keeps one matrix from being measured and must not end a training: no data, NaN, no convergence (a ValueError), a full GPU
+UNMEASURED = (NoDataError, SourceError, FormatError, ValueError, torch.OutOfMemoryError)
 
 
 class LMDTracker:
@@ -223,7 +225,7 @@ class LMDTracker:
             stored = _where_float64_is(read_stored(source, ref))
             gain = read_metric(source, ref, self._metric)
             row = to_row(ref, measure(work, stored, gain), kernel=work.kernel)
-        except (NoDataError, SourceError, FormatError, ValueError) as error:
+        except UNMEASURED as error:
             self.skipped[ref.name] = str(error)
             return
         self.skipped.pop(ref.name, None)
