@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SERIES, VIEWS, VERDICT = "series.parquet", "views.safetensors", "training.json"
 FIRST, OLDER, NEWER = ("first", "older", "newer")
 Key = tuple[str, str]
-# what keeps one matrix from being measured and must not end a training: no data, NaN, no convergence (a ValueError), a full GPU
+# what keeps one matrix from being measured, and must not end a training: no data, NaN, no convergence, a full GPU
 UNMEASURED = (NoDataError, SourceError, FormatError, ValueError, torch.OutOfMemoryError)
 
 
