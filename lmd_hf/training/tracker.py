@@ -36,7 +36,10 @@ SERIES, VIEWS, VERDICT = "series.parquet", "views.safetensors", "training.json"
 FIRST, OLDER, NEWER = ("first", "older", "newer")
 Key = tuple[str, str]
 # what keeps one matrix from being measured, and must not end a training: no data, NaN, no convergence, a full GPU
-UNMEASURED = (NoDataError, SourceError, FormatError, ValueError, torch.OutOfMemoryError)
+UNMEASURED = (
+    *(NoDataError, SourceError, FormatError, ValueError, torch.OutOfMemoryError),
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
 
 
 class LMDTracker:
