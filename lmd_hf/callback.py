@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self._count = 0
         self._sharded = False
         self._trainer: Trainer | None = None
+        self._resumed = Path()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
@@ -65,8 +67,9 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         if not state.is_world_process_zero:
             return
         self._trainer = _join(self)
+        self._resumed = _checkpoint(args, state) / FOLDER  # of step 0, where a training begins, there is none
         try:
-            self.tracker = LMDTracker(told["model"], **self._options, resume=_resumed(args, state))
+            self.tracker = LMDTracker(told["model"], **self._options, resume=(self._resumed, state.global_step))
         except SourceError as error:
             self._sharded = True
             warnings.warn(f"LMDCallback measures saved checkpoints instead: {error}", stacklevel=2)
@@ -85,14 +88,14 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             self._measure(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
-        """Measure if it is time, or if only checkpoints can be; keep the series with each checkpoint."""
+        """Measure if it is time, or if only checkpoints can be; keep with the checkpoint what resuming needs."""
         if self._sharded and state.is_world_process_zero:
             self._open_checkpoint(args, state)
         elif self.on == "save" and self._is_turn():
             self._measure(state)
-        if self.tracker is not None:
-            with self.tracker.budget.spending():
-                self.tracker.save(_folder(args), figures=False, history=state.log_history)
+        if self.tracker is not None and _checkpoint(args, state).is_dir():
+            with self.tracker.budget.spending(), _no_reason_to_stop():
+                self.tracker.checkpoint(_checkpoint(args, state) / FOLDER)
 
     def on_log(
         self,
@@ -117,8 +120,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             self._measure(state, floor=FLOOR_SECONDS)
         if self._pending and self._trainer is not None:  # the Trainer's last log came before the last measurement
             self._trainer.log({})
-        with self.tracker.budget.spending():
-            self.tracker.save(_folder(args), history=state.log_history)
+        with self.tracker.budget.spending(), _no_reason_to_stop():
+            self.tracker.save(Path(args.output_dir) / FOLDER, history=state.log_history)
         self.write_section(Path(args.output_dir) / CARD, state)
 
     def write_section(self, card: Path, state: TrainerState) -> None:
@@ -127,10 +130,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             return
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
-        try:
+        with _no_reason_to_stop():  # a person has to decide; the card is as it was
             card.write_text(place(text, body, lmd_hf=__version__), encoding="utf-8")
-        except LmdError as error:  # a person has to decide; the card is as it was
-            warnings.warn(f"LMDCallback left {card} as it is: {error}", stacklevel=2)
 
     def _is_turn(self) -> bool:
         self._count += 1
@@ -145,22 +146,25 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
     def _open_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
         """Measure the checkpoint that was just saved, or say why that cannot be."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        try:
+        folder = _checkpoint(args, state)
+        with _no_reason_to_stop():
             if self.tracker is None:
-                self.tracker = LMDTracker(folder, **self._options, resume=(_folder(args), state.global_step))
+                self.tracker = LMDTracker(folder, **self._options, resume=(self._resumed, state.global_step))
             self.tracker.model, self.tracker.steps = folder, state.global_step
             self._pending = self.tracker.measure()
-        except LmdError as error:
-            warnings.warn(f"LMDCallback cannot measure {folder.name}: {error}", stacklevel=2)
 
 
-def _folder(args: TrainingArguments) -> Path:
-    return Path(args.output_dir) / FOLDER
+@contextmanager
+def _no_reason_to_stop() -> Iterator[None]:
+    """What we cannot read or write becomes a warning: the training is worth more than what is told of it."""
+    try:
+        yield
+    except LmdError as error:
+        warnings.warn(f"LMDCallback goes on without: {error}", stacklevel=4)
 
 
-def _resumed(args: TrainingArguments, state: TrainerState) -> tuple[Path, int] | None:
-    return (_folder(args), state.global_step) if state.global_step > 0 else None
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _join(callback: LMDCallback) -> Trainer | None:

@@ -107,9 +107,16 @@ def test_the_section_survives_the_card_that_the_trainer_writes(tmp_path):
 def test_a_broken_card_is_left_alone(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("<!-- lmd:begin v=1 -->\nno end\n")
-    with pytest.warns(UserWarning, match="left .* as it is"):
+    with pytest.warns(UserWarning, match="goes on without: README.md has several"):
         run(tmp_path, LMDCallback())
     assert card.read_text() == "<!-- lmd:begin v=1 -->\nno end\n"
+
+
+def test_a_folder_that_takes_no_file_stops_no_training(tmp_path):
+    (tmp_path / "lmd").write_text("in the way")
+    with pytest.warns(UserWarning, match="goes on without: cannot write to"):
+        ran = run(tmp_path, LMDCallback())
+    assert len(losses(ran)) == 12
 
 
 def test_on_save_and_on_epoch(tmp_path):
@@ -172,7 +179,7 @@ def test_where_parameters_are_in_parts_checkpoints_are_measured(tmp_path):
         callback.on_save(args, state, None, model=model)
     (tmp_path / "checkpoint-9").mkdir()
     state.global_step = 9
-    with pytest.warns(UserWarning, match="cannot measure checkpoint-9: .*no weights"):
+    with pytest.warns(UserWarning, match="goes on without: .*checkpoint-9.*no weights"):
         callback.on_save(args, state, None, model=model)
     callback.on_train_end(args, state, None, model=model)
     assert steps_of(tmp_path) == [4, 8]

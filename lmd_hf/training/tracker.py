@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
 from lmd_hf.evidence import Convergence, Thresholds
 from lmd_hf.records import MatrixReport, Settings, Work
-from lmd_hf.report.files import Writer, text_writer, write_folder
+from lmd_hf.report.files import text_writer, write_folder
 from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_weights
 from lmd_hf.run.measure import measure, read_metric, to_row
 from lmd_hf.run.plan import make_plan
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 SERIES, VIEWS, VERDICT = "series.parquet", "views.safetensors", "training.json"
 FIRST, OLDER, NEWER = ("first", "older", "newer")
 Key = tuple[str, str]
+# what keeps one matrix from being measured, and must not end a training: no data, NaN, no convergence, a full GPU
+UNMEASURED = (
+    *(NoDataError, SourceError, FormatError, ValueError, torch.OutOfMemoryError),
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
 
 
 class LMDTracker:
@@ -54,8 +59,8 @@ class LMDTracker:
     `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
 
     The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
-    `resume` is the folder of an earlier `save` and the step to go on from. Raises `SettingsError` for a selection that
-    leaves nothing, or nothing that is trained, and `SourceError` where parameters are spread over processes.
+    `resume` is the folder of an earlier `checkpoint` and the step to go on from. Raises `SettingsError` for a selection
+    that leaves nothing, or nothing that is trained, and `SourceError` where parameters are spread over processes.
     """
 
     def __init__(
@@ -147,15 +152,27 @@ class LMDTracker:
 
         return figures(self.points)
 
-    def save(
-        self, folder: str | Path, *, figures: bool = True, history: Sequence[dict[str, Any]] | None = None
-    ) -> None:
-        """Write `series.parquet`, `training.json` (the verdict, and what measuring took), `views.safetensors` (what a
-        resumed training compares with) and, with `figures`, the plots; all or nothing. Raises `OutputError`."""
+    def save(self, folder: str | Path, *, history: Sequence[dict[str, Any]] | None = None) -> None:
+        """Write `series.parquet`, `training.json` (the verdict, and what measuring took) and the figures; all or
+        nothing. Raises `OutputError`."""
         from lmd_hf.report.plots import writer
 
-        pictures = {f"{name}.png": writer(figure) for name, figure in self.plot().items()} if figures else {}
-        write_folder(Path(folder), {**self._writers(history), **pictures})
+        text = json.dumps(self.told(history), indent=1, ensure_ascii=False) + "\n"
+        pictures = {f"{name}.png": writer(figure) for name, figure in self.plot().items()}
+        series = {SERIES: lambda path: write_series(self.points, path)}
+        write_folder(Path(folder), {**series, VERDICT: text_writer(text), **pictures})
+
+    def checkpoint(self, folder: str | Path) -> None:
+        """Write what `resume` goes on from: the series, and `views.safetensors`, S' and directions of the steps that
+        later ones are compared with (some 3 MB for a matrix of 4,096 × 4,096). Raises `OutputError`."""
+        views = {
+            f"{kept}|{part}|{name}|{field}": tensor
+            for (name, part), found in self._views.items()
+            for kept, view in found.items()
+            for field, tensor in to_tensors(view).items()
+        }
+        series = {SERIES: lambda path: write_series(self.points, path)}
+        write_folder(Path(folder), {**series, VIEWS: lambda path: save_file(views, path)})
 
     def told(self, history: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The verdict and what measuring took, as JSON types."""
@@ -173,20 +190,6 @@ class LMDTracker:
             "share_of_training_time": self.budget.used,
             "skipped": dict(self.skipped),
             "convergence": plain(self.convergence(history)),
-        }
-
-    def _writers(self, history: Sequence[dict[str, Any]] | None) -> dict[str, Writer]:
-        views = {
-            f"{kept}|{part}|{name}|{field}": tensor
-            for (name, part), found in self._views.items()
-            for kept, view in found.items()
-            for field, tensor in to_tensors(view).items()
-        }
-        text = json.dumps(self.told(history), indent=1, ensure_ascii=False) + "\n"
-        return {
-            SERIES: lambda path: write_series(self.points, path),
-            VIEWS: lambda path: save_file(views, path),
-            VERDICT: text_writer(text),
         }
 
     def _restore(self, folder: Path) -> None:
@@ -225,7 +228,7 @@ class LMDTracker:
             stored = _where_float64_is(read_stored(source, ref))
             gain = read_metric(source, ref, self._metric)
             row = to_row(ref, measure(work, stored, gain), kernel=work.kernel)
-        except (NoDataError, SourceError, FormatError, ValueError) as error:
+        except UNMEASURED as error:
             self.skipped[ref.name] = str(error)
             return
         self.skipped.pop(ref.name, None)
