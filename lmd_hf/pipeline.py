@@ -52,7 +52,9 @@ class Request:
     reuse: str | None = None
 
 
-def analyze_one(model: str | Path | nn.Module, request: Request, world: World, factors: Path | None) -> Report:
+def analyze_one(
+    model: str | Path | nn.Module | FileSource, request: Request, world: World, factors: Path | None
+) -> Report:
     """The report of one model, on every rank the same."""
     started, settings = time.perf_counter(), request.settings
     check_thresholds(request.thresholds)
@@ -148,7 +150,7 @@ def _same_files(published: ModelIdentity, here: ModelIdentity) -> bool:
     return alike and len(published.files) == len(here.files)
 
 
-def _earlier(model: str | Path | nn.Module, source: Source, request: Request) -> Source | None:
+def _earlier(model: str | Path | nn.Module | FileSource, source: Source, request: Request) -> Source | None:
     return None if request.before is None else open_before(request.before, model, source, request.where)
 
 

@@ -81,12 +81,20 @@ def draft(card: str | None, report: "Report", *, weights: str = "local") -> Draf
     return Draft(before, after, {"README.md": after.encode(), **beside}, marks, notes)
 
 
-def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None) -> Outcome:
+def annotate(
+    model: str,
+    *,
+    how: How = "dry",
+    force: bool = False,
+    token: str | bool | None = None,
+    report: "Report | None" = None,
+) -> Outcome:
     """Put the LMD section into a repository's card: as a diff (`dry`), a pull request (`pull`) or a commit (`push`).
 
     Whatever was refused, opted out of or said before is left alone (`etiquette.decide`); weights are only read when
-    something may come of it. Raises `SourceError` where the repository cannot be read or written, `FormatError` for a
-    card that a person has to mend, `SettingsError` without a token where one is needed.
+    something may come of it, and not at all where `report` is that of the commit which main is at. Raises `SourceError`
+    where the repository cannot be read or written, `FormatError` for a card that a person has to mend, `SettingsError`
+    without a token where one is needed.
     """
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
     look = _look(api, model, how)
@@ -95,7 +103,8 @@ def annotate(model: str, *, how: How = "dry", force: bool = False, token: str | 
     early = decide(look, {"weights": look.weights, "lmd_hf": __version__}, force=force)
     if early.action == "nothing":
         return Outcome(model, "left", early.reason)
-    report = analyze(model, revision=look.commit, heads=True, token=token)
+    if report is None or report.model.commit != look.commit:
+        report = analyze(model, revision=look.commit, heads=True, token=token)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
     analysed = look.weights
