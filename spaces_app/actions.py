@@ -92,7 +92,7 @@ class Actions:
         yield fragments.say(told), folded(planned), (subject, report), *self._rendered(report, wanted)
 
     def _rendered(self, report: Any, wanted: Wanted) -> tuple[Any, ...]:
-        """(overview, map, matrix, matrix to take apart, map of heads, head, table, card)."""
+        """(overview, plane, map, matrix, matrix to take apart, map of heads, head, table, card)."""
         choices = [(interactive.title(m), interactive.matrix_key(m)) for m in report.matrices]
         keys = [key for _, key in choices]
         inside = [interactive.matrix_key(m) for m in report.matrices if m.layer is not None]
@@ -101,6 +101,7 @@ class Actions:
         head = wanted.get("head") if wanted.get("head") in [k for _, k in heads] else next((k for _, k in heads), None)
         return (
             interactive.overview(report),
+            interactive.plane(report),
             self.map(wanted.get("measure") or next(iter(interactive.MEASURES)), key, (None, report)),
             gr.Dropdown(choices=choices, value=key),
             gr.Dropdown(choices=choices, value=key),
@@ -300,7 +301,7 @@ class Actions:
         return shown and parcel(f"{file_name(shown)}.html", "text/html", shown[1].page().encode())
 
 
-RENDERED = 8
+RENDERED = 9
 
 
 def folded(planned: str) -> str:

@@ -6,6 +6,8 @@ window.lmdLink = (values) => {
   history.replaceState(history.state, "", url);
   if (window.parent !== window) window.parent.postMessage({ queryString: url.search.slice(1) }, "https://huggingface.co");
 };
+// A page opens on its first tab before it goes to the one in its address: that is no choice of the visitor's.
+window.lmdTab = (tab) => { if (window.lmdRestored) lmdLink({ tab }); };
 const lmdBlob = (parcel) =>
   new Blob([Uint8Array.from(atob(parcel.base64), (letter) => letter.charCodeAt(0))], { type: parcel.mime });
 window.lmdSave = (parcel) => {

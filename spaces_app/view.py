@@ -20,6 +20,7 @@ HEAD = f"<script>{(HERE / 'script.js').read_text()}</script>"
 MAP = (HERE / "map.js").read_text()
 NAMES = ("Overview", "Map", "Spectrum", "Heads", "Factors", "Compare", "Table", "Whole report", "Model card")
 ONE_HOUR = 3600
+SIGN_IN = os.environ.get("SYSTEM") == "spaces" and "OAUTH_CLIENT_ID" in os.environ
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 
@@ -54,7 +55,7 @@ def build(service: Service) -> gr.Blocks:
         parcel = gr.JSON(visible=False)
         with gr.Row(elem_id="top"):
             gr.HTML(fragments.HEADER, scale=5)
-            if os.environ.get("SPACE_ID"):  # elsewhere there is nobody to sign in with
+            if SIGN_IN:  # elsewhere there is nobody to sign in with
                 gr.LoginButton(size="sm", scale=1, min_width=200, elem_id="login")
         with gr.Row(elem_id="ask"):
             model = gr.Dropdown(
@@ -71,6 +72,7 @@ def build(service: Service) -> gr.Blocks:
             places = {name: gr.Tab(label, id=name) for name, label in zip(TABS, NAMES, strict=True)}
             with places["overview"]:
                 overview = gr.HTML(fragments.NOTHING)
+                plane = _plot("Capacity and expressivity of every matrix and head", "plane")
             with places["map"]:
                 measure = gr.Radio(measures, value=measures[0], label="Measure", elem_id="measure")
                 grid = gr.HTML(fragments.NOTHING, js_on_load=MAP, elem_id="grid")
@@ -82,17 +84,17 @@ def build(service: Service) -> gr.Blocks:
                         ["logarithmic", "linear"], value="logarithmic", label="Axis of σ", scale=1, elem_id="scale"
                     )
                 facts = gr.HTML(fragments.NOTHING)
-                lines = _plot("Singular values, with the edge of noise and the cut at n'")
+                lines = _plot("Singular values, with the edge of noise and the cut at n'", "spectrum-line")
                 with gr.Row():
-                    bulk = _plot("Density beside pure noise (Marchenko–Pastur)")
-                    energy = _plot("Energy of the leading values")
+                    bulk = _plot("Density beside pure noise (Marchenko–Pastur)", "density-line")
+                    energy = _plot("Energy of the leading values", "energy-line")
             with places["heads"]:
                 head_measures = list(lmd_hf.interactive.HEAD_MEASURES)
                 head_measure = gr.Radio(head_measures, value=HEAD_MEASURE, label="Measure", elem_id="head-measure")
                 head_grid = gr.HTML(fragments.NOTHING, js_on_load=MAP, elem_id="head-grid")
                 head = gr.Dropdown([], label="Head", elem_id="head")
                 head_facts = gr.HTML()
-                circuits = _plot("Spectra of QK (similarity) and OV (projection)")
+                circuits = _plot("Spectra of QK (similarity) and OV (projection)", "circuit-line")
                 near = gr.Button("Show the tokens it reads and writes", elem_id="near")
                 tokens = gr.HTML(elem_id="tokens")
             with places["factors"]:
@@ -120,7 +122,7 @@ def build(service: Service) -> gr.Blocks:
                 change_measure = gr.Radio(changes, value=changes[0], label="Measure", elem_id="change-measure")
                 change_grid = gr.HTML("", js_on_load=MAP, elem_id="change-grid")
                 pair = gr.Dropdown([], label="Matrix", elem_id="pair")
-                change = _plot("Singular values of the difference ΔW")
+                change = _plot("Singular values of the difference ΔW", "change-line")
             with places["table"]:
                 with gr.Row(elem_id="files"):
                     files = {kind: gr.Button(kind.upper() if kind != "parquet" else "Parquet", size="sm", min_width=90)
@@ -141,7 +143,7 @@ def build(service: Service) -> gr.Blocks:
                     pull = gr.Button("Open a pull request", variant="primary", elem_id="pull")
                 signed = (
                     ""
-                    if os.environ.get("SPACE_ID")
+                    if SIGN_IN
                     else " Outside a Space there is no sign-in: use <code>lmd-hf annotate org/model --create-pr</code>."
                 )
                 gr.HTML(fragments.note(f"In your own name, after signing in; a token is never asked for.{signed}"))
@@ -151,13 +153,14 @@ def build(service: Service) -> gr.Blocks:
                 )
         gr.HTML(fragments.FOOTER)
 
-        rendered = [overview, grid, matrix, piece, head_grid, head, table, card]
+        rendered = [overview, plane, grid, matrix, piece, head_grid, head, table, card]
         figures, head_parts = [facts, lines, bulk, energy], [head_facts, circuits, tokens]
         request = [model, revision, wanted]
         steps: Sequence[Any] = (
             page.load(act.restore, None, [model, revision, tabs, base, tuned, wanted], **QUICK),
             start.click(lambda: {}, None, wanted, **QUICK),
         )
+        steps[0].then(None, None, None, js="() => { window.lmdRestored = true; }", **PRIVATE)
         runs = []
         for step in steps:
             run = step.then(
@@ -168,7 +171,7 @@ def build(service: Service) -> gr.Blocks:
                 show_progress_on=status,
                 **heavy,
             )
-            run.then(None, [model, revision], None, js="(model, revision) => lmdLink({model, revision})", **PRIVATE)
+            run.then(None, [model, revision], None, js=_link("model", "revision"), **PRIVATE)
             run.then(act.matrix, [matrix, scale, shown], figures, **QUICK)
             run.then(act.head, [head, shown], head_parts, **QUICK)
             runs.append(run)
@@ -184,19 +187,21 @@ def build(service: Service) -> gr.Blocks:
             show_progress_on=compare_status, **heavy,
         )  # fmt: skip
         differ.then(act.change, [pair, compared], change, **QUICK)
-        differ.then(None, [base, tuned], None, js="(base, tuned) => lmdLink({base, tuned})", **PRIVATE)
+        differ.then(None, [base, tuned], None, js=_link("base", "tuned"), **PRIVATE)
         stop.click(act.stop, None, status, cancels=[*runs, look, differ, again], **QUICK)
 
         measure.change(act.map, [measure, matrix, shown], grid, **QUICK)
-        measure.input(None, measure, None, js="(measure) => lmdLink({measure})", **PRIVATE)
-        grid.select(act.open_matrix, [scale, shown], [tabs, matrix, piece, *figures], **QUICK)
-        matrix.input(act.matrix, [matrix, scale, shown], figures, **QUICK)
-        matrix.change(None, matrix, None, js="(matrix) => lmdLink({matrix})", **PRIVATE)
+        measure.input(None, measure, None, js=_link("measure"), **PRIVATE)
+        opened = grid.select(act.open_matrix, [scale, shown], [tabs, matrix, piece, *figures], **QUICK)
+        chosen = matrix.input(act.matrix, [matrix, scale, shown], figures, **QUICK)
+        opened.then(None, matrix, None, js=_link("matrix"), **PRIVATE)
+        chosen.then(None, matrix, None, js=_link("matrix"), **PRIVATE)
         scale.change(act.matrix, [matrix, scale, shown], figures, **QUICK)
         head_measure.change(act.head_map, [head_measure, head, shown], head_grid, **QUICK)
-        head_grid.select(act.open_head, shown, [head, *head_parts], **QUICK)
-        head.input(act.head, [head, shown], head_parts, **QUICK)
-        head.change(None, head, None, js="(head) => lmdLink({head})", **PRIVATE)
+        seen = head_grid.select(act.open_head, shown, [head, *head_parts], **QUICK)
+        picked = head.input(act.head, [head, shown], head_parts, **QUICK)
+        for event in (seen, picked):
+            event.then(None, head, None, js=_link("head"), **PRIVATE)
         near.click(act.tokens, [head, shown], tokens, show_progress="minimal", **heavy)
         apart.click(
             act.take_apart,
@@ -207,7 +212,7 @@ def build(service: Service) -> gr.Blocks:
             **heavy,
         )
         cut.input(act.cut, [cut, taken], pictures, trigger_mode="always_last", **QUICK)
-        cut.release(None, [cut, piece], None, js="(cut, matrix) => lmdLink({cut, matrix})", **PRIVATE)
+        cut.release(None, [cut, piece], None, js=_link("cut", "matrix"), **PRIVATE)
         change_measure.change(act.change_map, [change_measure, pair, compared], change_grid, **QUICK)
         change_grid.select(act.open_change, compared, [pair, change], **QUICK)
         pair.input(act.change, [pair, compared], change, **QUICK)
@@ -226,7 +231,7 @@ def build(service: Service) -> gr.Blocks:
         for names in (model, base, tuned):
             names.key_up(act.suggest, None, names, trigger_mode="always_last", **QUICK)
         for name, place in places.items():
-            place.select(None, None, None, js=f"() => lmdLink({{tab: '{name}'}})", **PRIVATE)
+            place.select(None, None, None, js=f"() => lmdTab('{name}')", **PRIVATE)
         page.unload(act.leave)
         for name, answer in Endpoints(service).all().items():
             limits = (
@@ -238,7 +243,12 @@ def build(service: Service) -> gr.Blocks:
     return page
 
 
-def _plot(title: str) -> gr.Plot:
+def _link(*names: str) -> str:
+    """A script that puts these values into the page's address."""
+    return f"({', '.join(names)}) => lmdLink({{{', '.join(names)}}})"
+
+
+def _plot(title: str, name: str) -> gr.Plot:
     with gr.Column(min_width=300):
         gr.HTML(f'<h2 class="lmd-title">{title}</h2>')
-        return gr.Plot(show_label=False, container=False, elem_classes="lmd-plot")
+        return gr.Plot(show_label=False, container=False, elem_classes="lmd-plot", elem_id=name)
