@@ -42,8 +42,8 @@ class Actions:
             model,
             wanted.get("revision", ""),
             gr.Tabs(selected=tab if tab in TABS else "overview"),
-            wanted.get("base", ""),
-            wanted.get("tuned", ""),
+            wanted.get("base") or model,
+            wanted.get("tuned"),
             wanted,
         )
 
@@ -92,7 +92,7 @@ class Actions:
         yield fragments.say(told), folded(planned), (subject, report), *self._rendered(report, wanted)
 
     def _rendered(self, report: Any, wanted: Wanted) -> tuple[Any, ...]:
-        """(overview, plane, map, matrix, matrix to take apart, map of heads, head, table, card)."""
+        """(overview, plane, map, matrix, matrix to take apart, map of heads, head, table, words, card)."""
         choices = [(interactive.title(m), interactive.matrix_key(m)) for m in report.matrices]
         keys = [key for _, key in choices]
         inside = [interactive.matrix_key(m) for m in report.matrices if m.layer is not None]
@@ -101,13 +101,14 @@ class Actions:
         head = wanted.get("head") if wanted.get("head") in [k for _, k in heads] else next((k for _, k in heads), None)
         return (
             interactive.overview(report),
-            interactive.plane(report),
+            plot(interactive.plane(report)),
             self.map(wanted.get("measure") or next(iter(interactive.MEASURES)), key, (None, report)),
             gr.Dropdown(choices=choices, value=key),
             gr.Dropdown(choices=choices, value=key),
             self.head_map(HEAD_MEASURE, head, (None, report)),
             gr.Dropdown(choices=heads, value=head),
             table(report),
+            "",
             report.card(),
         )
 
@@ -129,7 +130,7 @@ class Actions:
             interactive.density(row),
             interactive.energy(row),
         )
-        return fragments.of_matrix(row, heading), *figures
+        return fragments.of_matrix(row, heading), *map(plot, figures)
 
     def open_matrix(self, scale: str, shown: Shown | None, data: gr.EventData) -> tuple[Any, ...]:
         """A click on the map: the spectrum's tab, the matrix there and for the factors, and what `matrix` gives."""
@@ -149,7 +150,7 @@ class Actions:
         head = None if shown is None else find(shown[1].heads, key, interactive.head_key)
         if head is None:
             return fragments.NOTHING, None, ""
-        return fragments.of_head(head, interactive.head_title(head)), interactive.circuit(head), ""
+        return fragments.of_head(head, interactive.head_title(head)), plot(interactive.circuit(head)), ""
 
     def open_head(self, shown: Shown | None, data: gr.EventData) -> tuple[Any, ...]:
         """A click on the grid of heads."""
@@ -202,8 +203,8 @@ class Actions:
         self, base: str, base_revision: str, tuned: str, tuned_revision: str, request: gr.Request,
         token: gr.OAuthToken | None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """(status, comparison, text, map, pair)."""
-        nothing = (gr.skip(),) * 4
+        """(status, comparison, text, map, pair, what shows them)."""
+        nothing = (gr.skip(),) * 5
         yield fragments.say("Looking up both models …"), *nothing
         try:
             sides = self.service.look(base, base_revision, token), self.service.look(tuned, tuned_revision, token)
@@ -226,6 +227,7 @@ class Actions:
             interactive.changes(found),
             self.change_map(next(iter(interactive.CHANGES)), first, found),
             gr.Dropdown(choices=choices, value=first),
+            gr.Column(visible=True),
         )
 
     def change_map(self, measure: str, key: str | None, found: Any) -> str:
@@ -237,7 +239,7 @@ class Actions:
     def change(self, key: str | None, found: Any) -> Any:
         """The spectrum of one difference."""
         row = None if found is None else find(found.matrices, key, interactive.matrix_key)
-        return None if row is None else interactive.update(row)
+        return gr.skip() if row is None else plot(interactive.update(row))
 
     def open_change(self, found: Any, data: gr.EventData) -> tuple[Any, ...]:
         """A click on the map of what changed."""
@@ -255,21 +257,21 @@ class Actions:
 
     def _proposed(
         self, shown: Shown | None, how: str, request: gr.Request, token: gr.OAuthToken | None = None
-    ) -> tuple[str, str]:
+    ) -> tuple[str, Any]:
         if shown is None:
-            return fragments.NOTHING, ""
+            return fragments.NOTHING, gr.skip()
         subject, report = shown
         if not subject.on_hub:
             return fragments.say(
                 f"{subject.id} is not on the Hub: the section above is for its README.md.", "lmd-bad"
-            ), ""
+            ), gr.skip()
         try:
             if token is not None:  # under the visitor's name, whatever the analysis ran as
                 subject = self.service.look(subject.id, subject.revision or "", token)
             made = self.service.proposal(subject, report, how, session_of(request))
         except gr.Error as error:
-            return fragments.say(str(error.message), "lmd-bad"), ""
-        return fragments.proposal(made), made["diff"]
+            return fragments.say(str(error.message), "lmd-bad"), gr.skip()
+        return fragments.proposal(made), gr.Code(made["diff"], visible=bool(made["diff"]))
 
     def stop(self, request: gr.Request) -> str:
         """End what runs for this visitor."""
@@ -279,6 +281,10 @@ class Actions:
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
         self.service.jobs.stop(session_of(request))
+
+    def search(self, words: str, shown: Shown | None) -> Any:
+        """The rows of the table that hold all of these words."""
+        return None if shown is None else table(shown[1], words)
 
     def csv(self, shown: Shown | None) -> Any:
         """The table as a file."""
@@ -301,7 +307,7 @@ class Actions:
         return shown and parcel(f"{file_name(shown)}.html", "text/html", shown[1].page().encode())
 
 
-RENDERED = 9
+RENDERED = 10
 
 
 def folded(planned: str) -> str:
@@ -320,9 +326,17 @@ def frame(report: Any) -> Any:
     return values.assign(shape=[f"{m.shape[0]} × {m.shape[1]}" for m in report.matrices])
 
 
-def table(report: Any) -> Any:
-    """The same, rounded to what can be read."""
+def plot(figure: Any) -> Any:
+    """A figure in its place, or nothing where there is none."""
+    return gr.Plot(figure, visible=figure is not None)
+
+
+def table(report: Any, words: str = "") -> Any:
+    """The same, rounded to what can be read; with words only the rows that hold all of them."""
     values = frame(report)
+    for word in words.lower().split():
+        held = values.astype(str).apply(lambda row: " ".join(row).lower(), axis=1)
+        values = values[held.str.contains(word, regex=False)]
     values = values.loc[:, [c for c in values if c not in ("stack", "part") or values[c].any()]]
     digits = {"effective_rank": 1, "stable_rank": 1, "capacity_log10": 2, "spectral_norm": 3}
     return (

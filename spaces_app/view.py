@@ -26,14 +26,15 @@ QUICK: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 
 
 def theme() -> gr.Theme:
-    """Quiet: one accent, system fonts, so that nothing is fetched from elsewhere."""
+    """Quiet: the blue of the figures as the one accent, system fonts, so that nothing is fetched from elsewhere."""
+    blue = gr.themes.Color(
+        c50="#eef7fd", c100="#d6ebf8", c200="#aed7f1", c300="#7cbfe7", c400="#46a3d9", c500="#0072b2", c600="#00659d",
+        c700="#005485", c800="#00446c", c900="#003655", c950="#00253b",
+    )  # fmt: skip
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-    return gr.themes.Base(
-        primary_hue="blue",
-        neutral_hue="slate",
-        font=fonts,
-        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
-    )
+    mono = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+    made = gr.themes.Base(primary_hue=blue, neutral_hue="slate", font=fonts, font_mono=mono)
+    return made.set(color_accent="*primary_600", button_large_text_weight="550")
 
 
 def style() -> str:
@@ -50,6 +51,14 @@ def build(service: Service) -> gr.Blocks:
     known = service.catalogue.suggest()
     measures, changes = list(lmd_hf.interactive.MEASURES), list(lmd_hf.interactive.CHANGES)
     with gr.Blocks(title="Inside a model’s weights", analytics_enabled=False) as page:
+        # first, for they are to have these very names: a handler of the page that is called so too gets a number
+        for name, answer in Endpoints(service).all().items():
+            limits = (
+                {"queue": False}
+                if name == "search"
+                else {"concurrency_id": "weights", "concurrency_limit": service.jobs.limits.at_once}
+            )
+            gr.api(answer, api_name=name, **limits)
         shown, wanted = gr.State(None, time_to_live=ONE_HOUR), gr.State({}, time_to_live=ONE_HOUR)
         compared, taken = gr.State(None, time_to_live=ONE_HOUR), gr.State(None, time_to_live=ONE_HOUR)
         parcel = gr.JSON(visible=False)
@@ -79,7 +88,7 @@ def build(service: Service) -> gr.Blocks:
                 gr.HTML(fragments.note("One cell a layer and role; choose one to open its spectrum. Arrow keys move."))
             with places["spectrum"]:
                 with gr.Row():
-                    matrix = gr.Dropdown([], label="Matrix", scale=3, elem_id="matrix")
+                    matrix = gr.Dropdown([], label="Matrix", scale=3, min_width=260, elem_id="matrix")
                     scale = gr.Radio(
                         ["logarithmic", "linear"], value="logarithmic", label="Axis of σ", scale=1, elem_id="scale"
                     )
@@ -99,7 +108,7 @@ def build(service: Service) -> gr.Blocks:
                 tokens = gr.HTML(elem_id="tokens")
             with places["factors"]:
                 with gr.Row():
-                    piece = gr.Dropdown([], label="Matrix", scale=3, elem_id="piece")
+                    piece = gr.Dropdown([], label="Matrix", scale=3, min_width=260, elem_id="piece")
                     apart = gr.Button("Take it apart", variant="primary", scale=1, elem_id="apart")
                 cut = gr.Slider(
                     1, 2, value=1, step=1, label="n', the axes that are kept", interactive=False, elem_id="cut"
@@ -108,28 +117,43 @@ def build(service: Service) -> gr.Blocks:
             with places["compare"]:
                 with gr.Row():
                     base = gr.Dropdown(
-                        known, value=EMBEDDED, label="Base", allow_custom_value=True, scale=4, elem_id="base"
+                        known,
+                        value=EMBEDDED,
+                        label="Base",
+                        allow_custom_value=True,
+                        scale=4,
+                        min_width=260,
+                        elem_id="base",
                     )
                     base_revision = gr.Textbox(label="Revision of the base", placeholder="main", scale=2)
                 with gr.Row():
                     tuned = gr.Dropdown(
-                        known, value=None, label="Tuned", allow_custom_value=True, scale=4, elem_id="tuned"
+                        known,
+                        value=None,
+                        label="Tuned",
+                        allow_custom_value=True,
+                        scale=4,
+                        min_width=260,
+                        elem_id="tuned",
                     )
                     tuned_revision = gr.Textbox(label="Revision of the tuned model", placeholder="main", scale=2)
                 beside = gr.Button("Compare", variant="primary", elem_id="compare")
                 compare_status = gr.HTML(fragments.say("Two models of one shape: a base and what was made of it."))
                 difference = gr.HTML()
+                changed = gr.Column(visible=False)
+            with places["compare"], changed:
                 change_measure = gr.Radio(changes, value=changes[0], label="Measure", elem_id="change-measure")
                 change_grid = gr.HTML("", js_on_load=MAP, elem_id="change-grid")
                 pair = gr.Dropdown([], label="Matrix", elem_id="pair")
                 change = _plot("Singular values of the difference ΔW", "change-line")
             with places["table"]:
                 with gr.Row(elem_id="files"):
+                    words = gr.Textbox(
+                        label="Search", placeholder="such as: mlp down", scale=4, min_width=300, elem_id="search"
+                    )
                     files = {kind: gr.Button(kind.upper() if kind != "parquet" else "Parquet", size="sm", min_width=90)
                              for kind in ("csv", "parquet", "json")}  # fmt: skip
-                table = gr.Dataframe(
-                    interactive=False, show_search="search", label="Matrices", max_height=640, elem_id="table"
-                )
+                table = gr.Dataframe(interactive=False, label="Matrices", max_height=640, elem_id="table")
             with places["whole"]:
                 gr.HTML(fragments.note("Everything in one page that needs no server: send it, or open it years later."))
                 with gr.Row():
@@ -149,11 +173,16 @@ def build(service: Service) -> gr.Blocks:
                 gr.HTML(fragments.note(f"In your own name, after signing in; a token is never asked for.{signed}"))
                 card_status = gr.HTML(elem_id="card-status")
                 card_diff = gr.Code(
-                    language=None, label="Change of README.md", interactive=False, elem_id="card-diff", wrap_lines=True
+                    language=None,
+                    label="Change of README.md",
+                    interactive=False,
+                    elem_id="card-diff",
+                    wrap_lines=True,
+                    visible=False,
                 )
         gr.HTML(fragments.FOOTER)
 
-        rendered = [overview, plane, grid, matrix, piece, head_grid, head, table, card]
+        rendered = [overview, plane, grid, matrix, piece, head_grid, head, table, words, card]
         figures, head_parts = [facts, lines, bulk, energy], [head_facts, circuits, tokens]
         request = [model, revision, wanted]
         steps: Sequence[Any] = (
@@ -183,7 +212,7 @@ def build(service: Service) -> gr.Blocks:
         )
         differ = beside.click(
             act.compare, [base, base_revision, tuned, tuned_revision],
-            [compare_status, compared, difference, change_grid, pair], show_progress="minimal",
+            [compare_status, compared, difference, change_grid, pair, changed], show_progress="minimal",
             show_progress_on=compare_status, **heavy,
         )  # fmt: skip
         differ.then(act.change, [pair, compared], change, **QUICK)
@@ -216,6 +245,7 @@ def build(service: Service) -> gr.Blocks:
         change_measure.change(act.change_map, [change_measure, pair, compared], change_grid, **QUICK)
         change_grid.select(act.open_change, compared, [pair, change], **QUICK)
         pair.input(act.change, [pair, compared], change, **QUICK)
+        words.input(act.search, [words, shown], table, trigger_mode="always_last", **QUICK)
         for kind, button in files.items():
             button.click(getattr(act, kind), shown, parcel, **QUICK).then(
                 None, parcel, None, js="(parcel) => lmdSave(parcel)", **PRIVATE
@@ -233,13 +263,6 @@ def build(service: Service) -> gr.Blocks:
         for name, place in places.items():
             place.select(None, None, None, js=f"() => lmdTab('{name}')", **PRIVATE)
         page.unload(act.leave)
-        for name, answer in Endpoints(service).all().items():
-            limits = (
-                {"queue": False}
-                if name == "search"
-                else {"concurrency_id": "weights", "concurrency_limit": service.jobs.limits.at_once}
-            )
-            gr.api(answer, api_name=name, **limits)
     return page
 
 
@@ -251,4 +274,4 @@ def _link(*names: str) -> str:
 def _plot(title: str, name: str) -> gr.Plot:
     with gr.Column(min_width=300):
         gr.HTML(f'<h2 class="lmd-title">{title}</h2>')
-        return gr.Plot(show_label=False, container=False, elem_classes="lmd-plot", elem_id=name)
+        return gr.Plot(show_label=False, container=False, visible=False, elem_classes="lmd-plot", elem_id=name)

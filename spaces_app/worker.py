@@ -20,6 +20,7 @@ import lmd_hf
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_EXACT = 1024  # short side up to which all axes of a matrix are taken, else the leading `AXES`
 AXES = 256
+RESERVED = 2**30  # bytes of threads and libraries that are counted, but not used
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -42,7 +43,8 @@ def warm() -> None:
 def answer(request: dict[str, Any], answers: TextIO) -> None:
     """Do what is asked within the memory that it may take, and say what came of it."""
     what, memory = request.pop("what"), request.pop("memory")
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    hard = int(memory) + RESERVED
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
     def say(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")

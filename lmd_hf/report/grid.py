@@ -18,7 +18,7 @@ from lmd_hf.report.text import by_role, matrix_label
 
 
 STYLE = (files("lmd_hf.report") / "interactive.css").read_text(encoding="utf-8")
-DARK = 0.55  # cells of a lower lightness have white figures
+DARK = 0.1791  # relative luminance where white and black have the same contrast, 4.6 : 1 (WCAG 2)
 
 
 def layer_table(
@@ -84,6 +84,7 @@ def short(value: float) -> str:
         return "–"
     if value == round(value) and abs(value) < 1e5:
         return f"{value:.0f}"
+    value = round(value, 2) + 0.0  # no −0.00
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}" if abs(value) < 1e5 else f"{value:.0e}"
 
 
@@ -99,8 +100,14 @@ class _Shades:
             return ""
         place = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         red, green, blue, _ = matplotlib.colormaps[COLORMAP](place)
-        ink = "#fff" if 0.3 * red + 0.59 * green + 0.11 * blue < DARK else "#000"
+        ink = "#fff" if _luminance(red, green, blue) < DARK else "#000"
         return f"background:{matplotlib.colors.to_hex((red, green, blue))};color:{ink}"
+
+
+def _luminance(*channels: float) -> float:
+    """WCAG 2's relative luminance of an sRGB colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def _number(value: float | None) -> float:

@@ -107,7 +107,9 @@ class Visitor:
     def settled(self):
         """The status, once it tells the end of an analysis."""
         self.page.wait_for_function(
-            "() => /ready after|lmd-bad/.test(document.querySelector('#status')?.innerHTML ?? '')", timeout=PATIENCE
+            "() => /ready after|lmd-bad/.test(document.querySelector('#status')?.innerHTML ?? '')"
+            " && !document.querySelector('#status [data-old]')",
+            timeout=PATIENCE,
         )
         return self.page.inner_text("#status")
 
@@ -118,7 +120,7 @@ class Visitor:
         box.press("Enter")
         if revision:
             self.page.get_by_label("Revision", exact=True).fill(revision)
-        self.page.evaluate("document.querySelector('#status').innerHTML = ''")
+        self.page.evaluate("document.querySelector('#status .lmd-status').dataset.old = 1")
         self.page.click("#analyze")
 
     def tab(self, name):

@@ -57,7 +57,7 @@ def test_with_the_keyboard_alone(visit):
     page = visitor.page
     visitor.settled()
     page.get_by_role("tab", name="Overview", exact=True).focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#grid button[data-key]")
     page.locator("#grid button[data-key]").first.focus()
