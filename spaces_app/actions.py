@@ -34,7 +34,7 @@ class Actions:
     service: Service
 
     def restore(self, request: gr.Request) -> tuple[Any, ...]:
-        """What the address holds: (model, revision, tab, base, tuned, everything)."""
+        """What the address holds: (model, revision, tab, base, tuned, measure, everything)."""
         wanted = {key: str(value)[:300] for key, value in dict(request.query_params).items()}
         tab = wanted.get("tab", "")
         model = wanted.get("model") or EMBEDDED
@@ -44,6 +44,7 @@ class Actions:
             gr.Tabs(selected=tab if tab in TABS else "overview"),
             wanted.get("base") or model,
             wanted.get("tuned"),
+            wanted["measure"] if wanted.get("measure") in interactive.MEASURES else next(iter(interactive.MEASURES)),
             wanted,
         )
 
@@ -82,6 +83,8 @@ class Actions:
                 elif kind == "progress" and (time.monotonic() - last > TICK or value[0] == value[1]):
                     last = time.monotonic()
                     yield fragments.progress(*value), planned, gr.skip(), *nothing
+                elif kind == "waiting":
+                    yield fragments.waiting(value), planned, gr.skip(), *nothing
                 elif kind == "report":
                     report = value
         except gr.Error as error:
@@ -213,6 +216,8 @@ class Actions:
                 if kind == "progress" and time.monotonic() - last > TICK:
                     last = time.monotonic()
                     yield fragments.progress(*value), *nothing
+                elif kind == "waiting":
+                    yield fragments.waiting(value), *nothing
                 elif kind == "comparison":
                     found = value
         except gr.Error as error:
@@ -229,6 +234,16 @@ class Actions:
             gr.Dropdown(choices=choices, value=first),
             gr.Column(visible=True),
         )
+
+    def wanted_compare(
+        self, base: str, base_revision: str, tuned: str, tuned_revision: str, wanted: Wanted, request: gr.Request,
+        token: gr.OAuthToken | None,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        """`compare` where the address leads to a comparison."""
+        if wanted.get("tab") == "compare" and wanted.get("tuned"):
+            yield from self.compare(base, base_revision, tuned, tuned_revision, request, token)
+        else:
+            yield (gr.skip(),) * 6
 
     def change_map(self, measure: str, key: str | None, found: Any) -> str:
         """The map of what changed."""

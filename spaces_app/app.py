@@ -18,7 +18,7 @@ from store import Store
 from view import HEAD, build, style, theme
 
 
-WAITING = 64  # visitors in the queue before one is asked to come back
+THREADS = 100  # requests that wait for workers take one each, and pages are to be answered meanwhile
 
 
 def main() -> None:
@@ -36,9 +36,9 @@ def main() -> None:
     page = build(service)
     threading.Thread(target=jobs.warm_up, daemon=True).start()
     try:
-        page.queue(max_size=WAITING).launch(
+        page.queue().launch(
             theme=theme(), css=style(), head=HEAD, footer_links=["api"], show_error=True, ssr_mode=False, share=False,
-            max_file_size=0, state_session_capacity=200,
+            max_file_size=0, state_session_capacity=200, max_threads=THREADS,
         )  # fmt: skip
     finally:
         jobs.close()

@@ -32,8 +32,8 @@ class AskedWrongly(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """One model at one commit. `place` is what a worker opens; `shared` says that everybody may see what comes of
-    it."""
+    """One model at one commit. `place` is what a worker opens; `shared` says that everybody may see what comes of it,
+    `whole` that its files have to be fetched whole."""
 
     id: str
     revision: str | None
@@ -41,12 +41,18 @@ class Subject:
     place: str
     shared: bool
     stamp: str = ""
+    whole: bool = False
     token: str | bool = field(default=False, repr=False)
 
     @property
     def key(self) -> tuple[str, str]:
         """The same for the same weights."""
         return self.id, self.commit or self.stamp
+
+    @property
+    def apart(self) -> bool:
+        """Whether a worker is to leave nothing on disk: of a visitor's own model, or of files that would fill it."""
+        return not self.shared or self.whole
 
     @property
     def on_hub(self) -> bool:
@@ -117,7 +123,8 @@ def _on_hub(model: str, revision: str | None, token: str | None) -> Subject:
                 f"{model} holds pickles alone, which are not opened here; ask its owner for safetensors."
             )
         raise AskedWrongly(f"{model} holds no weights at this revision; choose another repository.")
-    return Subject(model, revision, str(info.sha), model, shared=not (info.private or info.gated), token=asked)
+    shared, whole = not (info.private or info.gated), not any(name.endswith(".safetensors") for name in names)
+    return Subject(model, revision, str(info.sha), model, shared=shared, whole=whole, token=asked)
 
 
 def _cached() -> list[str]:

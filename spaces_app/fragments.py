@@ -28,6 +28,12 @@ def note(text: str) -> str:
     return f'<p class="lmd-note">{text}</p>'
 
 
+def waiting(before: int) -> str:
+    """The place in the line."""
+    told = "1 request is" if before == 1 else f"{before:,} requests are"
+    return say(f"In line: {told} before this one …")
+
+
 def progress(done: int, total: int, name: str) -> str:
     """A bar, and which matrix was finished last."""
     share = done / max(total, 1)

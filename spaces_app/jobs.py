@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ import psutil
 
 WORKER = Path(__file__).with_name("worker.py")
 GIB = 2**30
+LONGEST_LINE = 64  # requests, before one is asked to come back
+LOOK_AGAIN = 0.3  # seconds between two looks at the line
+STOPPED = "It was stopped; what was finished is kept."
 KEPT_ENVIRONMENT = {
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -54,12 +58,29 @@ class Limits:
         return {"expected_seconds": self.seconds, "memory_bytes": self.memory, "bytes_to_fetch": self.fetch}
 
 
+@dataclass(eq=False)
+class Turn:
+    """One request in the line: whose it is, its worker once it runs, and whether it was stopped or took too long."""
+
+    session: str
+    worker: subprocess.Popen[str] | None = None
+    stopped: bool = False
+    late: bool = False
+
+    def end(self, *, late: bool = False) -> None:
+        """Kill the worker; a turn that has not begun does not begin."""
+        self.stopped, self.late = True, late
+        if self.worker is not None:
+            self.worker.kill()
+
+
 @dataclass
 class Jobs:
-    """The workers of this Space. `running` are those of each visitor's session, `spare` one that is warm already."""
+    """The workers of this Space. In `line` the first `limits.at_once` run, the others wait; `spare` is a worker that is
+    warm already."""
 
     limits: Limits
-    running: dict[str, set[subprocess.Popen[str]]] = field(default_factory=dict)
+    line: list[Turn] = field(default_factory=list)
     spare: subprocess.Popen[str] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     empty: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
@@ -71,40 +92,62 @@ class Jobs:
                 self.spare = self._start("--warm")
 
     def ask(self, what: str, *, session: str = "", private: bool = False, **request: Any) -> Iterator[dict[str, Any]]:
-        """The worker's answers as they come, the last of them {"done": …}. Raises `Failed`.
+        """{"waiting": how many are before it} until its turn comes, then the worker's answers as they come, the last of
+        them {"done": …}. Raises `Failed`.
 
         A private request has a home of its own, without anything that others left or will find.
         """
-        with self._worker(private) as worker, self._noted(session, worker):
-            late = threading.Event()
-            timer = threading.Timer(self.limits.seconds, lambda: (late.set(), worker.kill()))
-            timer.daemon = True
-            timer.start()
-            try:
-                yield from self._answers(worker, {"what": what, "memory": self.limits.memory, **request})
-            except _Ended:
-                reason = (
-                    f"it took longer than {self.limits.seconds:,.0f} seconds; choose a smaller model"
-                    if late.is_set()
-                    else (
-                        "it was stopped"
-                        if worker.returncode == -9
-                        else "the worker ran out of memory; choose a smaller model"
-                    )
-                )
-                raise Failed(f"Nothing came of it: {reason}.") from None
-            finally:
-                timer.cancel()
+        with self._turn(session) as turn:
+            while (place := self.line.index(turn)) >= self.limits.at_once and not turn.stopped:
+                yield {"waiting": place - self.limits.at_once + 1}
+                time.sleep(LOOK_AGAIN)
+            if turn.stopped:
+                raise Failed(STOPPED)
+            with self._worker(private) as turn.worker:
+                timer = threading.Timer(self.limits.seconds, turn.end, kwargs={"late": True})
+                timer.daemon = True
+                timer.start()
+                try:
+                    yield from self._answers(turn.worker, {"what": what, "memory": self.limits.memory, **request})
+                except _Ended:
+                    raise Failed(self._reason(turn)) from None
+                finally:
+                    timer.cancel()
+
+    def _reason(self, turn: Turn) -> str:
+        if turn.late:
+            return f"It took longer than the {self.limits.seconds:,.0f} seconds of one request; choose a smaller model."
+        if turn.stopped:
+            return STOPPED
+        if turn.worker is not None and turn.worker.returncode == 1:  # a traceback, which the log has
+            return (
+                "It failed in a way that nobody foresaw: the log of this Space tells how; `lmd-hf analyze` may do it."
+            )
+        return "It took more memory than there is; choose a smaller model."
+
+    @contextmanager
+    def _turn(self, session: str) -> Iterator[Turn]:
+        turn = Turn(session)
+        with self.lock:
+            if len(self.line) >= LONGEST_LINE:
+                raise Failed(f"{LONGEST_LINE} requests are waiting already; try again in a minute.")
+            self.line.append(turn)
+        try:
+            yield turn
+        finally:
+            with self.lock:
+                self.line.remove(turn)
 
     def stop(self, session: str) -> None:
-        """End whatever runs for this visitor."""
-        for worker in list(self.running.get(session, ())):
-            worker.kill()
+        """End whatever runs or waits for this visitor."""
+        for turn in list(self.line):
+            if turn.session == session:
+                turn.end()
 
     def close(self) -> None:
         """End all workers."""
-        for session in list(self.running):
-            self.stop(session)
+        for turn in list(self.line):
+            turn.end()
         if self.spare is not None:
             self.spare.kill()
 
@@ -145,16 +188,6 @@ class Jobs:
                 for stream in (worker.stdin, worker.stdout):
                     if stream is not None:
                         stream.close()
-
-    @contextmanager
-    def _noted(self, session: str, worker: subprocess.Popen[str]) -> Iterator[None]:
-        self.running.setdefault(session, set()).add(worker)
-        try:
-            yield
-        finally:
-            self.running[session].discard(worker)
-            if not self.running[session]:
-                self.running.pop(session, None)
 
     def _start(self, *options: str, home: str | None = None) -> subprocess.Popen[str]:
         """In an empty folder, so that no id is a path, and without the token of whoever runs this."""

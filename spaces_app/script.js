@@ -6,8 +6,20 @@ window.lmdLink = (values) => {
   history.replaceState(history.state, "", url);
   if (window.parent !== window) window.parent.postMessage({ queryString: url.search.slice(1) }, "https://huggingface.co");
 };
+// Gradio's sign-in leads back to the first value of the address alone; the others are kept here meanwhile.
+const kept = sessionStorage.getItem("lmdKept");
+if (kept) history.replaceState(history.state, "", location.pathname + kept);
+sessionStorage.removeItem("lmdKept");
+document.addEventListener("click", (event) => {
+  if (event.target.closest("#login")) sessionStorage.setItem("lmdKept", location.search);
+}, true);
 // A page opens on its first tab before it goes to the one in its address: that is no choice of the visitor's.
-window.lmdTab = (tab) => { if (window.lmdRestored) lmdLink({ tab }); };
+window.lmdTab = (tab) => {
+  if (window.lmdRestored) lmdLink({ tab });
+  setTimeout(lmdReach, 300);
+};
+// What scrolls can be reached by keyboard.
+window.lmdReach = () => document.querySelectorAll("#section table").forEach((table) => { table.tabIndex = 0; });
 const lmdBlob = (parcel) =>
   new Blob([Uint8Array.from(atob(parcel.base64), (letter) => letter.charCodeAt(0))], { type: parcel.mime });
 window.lmdSave = (parcel) => {

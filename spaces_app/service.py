@@ -1,6 +1,7 @@
 """What this Space can do: values in, values out, one worker each. Nothing here knows of a page."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import lmd_hf
 
 
 Event = tuple[str, Any]
+SIZE_OF_PARTS = 2**18  # bytes that a plan, a head's tokens or the factors of a matrix take, about
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,9 @@ class Service:
 
     def plan(self, subject: Subject, session: str) -> dict[str, Any]:
         """What an analysis would do, and `refusal`, a sentence, where that is too much for this hardware."""
+        asked = {"model": subject.request(), "limits": self.jobs.limits.of_plan()}
         key = "plan", *subject.key
-        made = self.store.find(key) if subject.shared else None
-        if made is None:
-            with told():
-                asked = {"model": subject.request(), "limits": self.jobs.limits.of_plan()}
-                made = named(self._last("plan", session, not subject.shared, asked), subject)
-            if subject.shared:
-                self.store.add(key, made, len(str(made)))
-        return made
+        return self._once(key, subject, lambda: named(self._last("plan", session, subject.apart, asked), subject))
 
     def analysis(self, subject: Subject, session: str) -> Iterator[Event]:
         """("plan", …), ("progress", [done, total, name]) …, ("report", `lmd_hf.Report`); of a known one that alone."""
@@ -63,63 +59,62 @@ class Service:
         """What a pull request would change (`dry`), or what became of it (`pull`)."""
         asked = {"model": subject.request(), "report": report.to_json(), "how": how}
         with told():
-            return self._last("card", session, not subject.shared or how == "pull", asked)
+            return self._last("card", session, subject.apart or how == "pull", asked)
 
     def _made(
         self, kind: str, key: Any, subjects: tuple[Subject, ...], session: str, read: Any, **asked: Any
     ) -> Iterator[Event]:
-        shared = all(subject.shared for subject in subjects)
-        known = self.store.find((kind, key))
-        if known is not None and shared:
+        """The answers of a worker as (name, value), the last of them the result; of a shared one that is known, it alone.
+        Whoever asks for the same meanwhile waits, and finds it."""
+        shared, apart = all(s.shared for s in subjects), any(s.apart for s in subjects)
+        if shared and (known := self.store.find((kind, key))) is not None:
             yield kind, known
             return
         task = {"report": "analyze", "comparison": "compare"}[kind]
         limits = self.jobs.limits.of_plan()
-        # whoever asks for the same meanwhile waits, and finds it
-        lock = self.store.locks[kind, key] if shared else None
-        if lock is not None:
-            lock.acquire()
-        try:
-            known = self.store.find((kind, key)) if shared else None
-            if known is None:
-                with told():
-                    for answer in self.jobs.ask(task, session=session, private=not shared, limits=limits, **asked):
-                        if "done" in answer:
-                            known = read(answer["done"])
-                            if shared:
-                                self.store.add((kind, key), known, len(answer["done"]))
-                        else:
-                            yield from answer.items()
-            yield kind, known
-        finally:
-            if lock is not None:
-                lock.release()
+        with told(), self.store.locks[kind, key] if shared else nullcontext():
+            if shared and (known := self.store.find((kind, key))) is not None:
+                yield kind, known
+                return
+            for answer in self.jobs.ask(task, session=session, private=apart, limits=limits, **asked):
+                if "done" in answer:
+                    result = read(answer["done"])
+                    if shared:
+                        self.store.add((kind, key), result, len(answer["done"]))
+                    yield kind, result
+                else:
+                    if "plan" in answer and shared:
+                        planned = named(answer["plan"], subjects[0])
+                        self.store.add(("plan", *subjects[0].key), planned, SIZE_OF_PARTS)
+                    yield from answer.items()
 
     def _part(self, what: str, subject: Subject, part: str, layer: int | None, session: str, read: Any) -> Any:
+        asked = {"model": subject.request(), "part": part, "layer": layer}
         key = what, *subject.key, part, layer
-        found = self.store.find(key) if subject.shared else None
-        if found is None:
+        return self._once(key, subject, lambda: read(self._last(what, session, subject.apart, asked)))
+
+    def _once(self, key: Hashable, subject: Subject, make: Callable[[], Any]) -> Any:
+        """What `make` gives; of a shared model whoever asks for the same meanwhile waits, and finds it."""
+        if not subject.shared:
             with told():
-                asked = {"model": subject.request(), "part": part, "layer": layer}
-                made = self._last(what, session, not subject.shared, asked)
-            found = read(made)
-            if subject.shared:
-                self.store.add(key, found, len(str(made)))
-        return found
+                return make()
+        with told(), self.store.locks[key]:
+            if (found := self.store.find(key)) is None:
+                found = make()
+                self.store.add(key, found, SIZE_OF_PARTS)
+            return found
 
     def _last(self, what: str, session: str, private: bool, asked: dict[str, Any]) -> Any:
         return next(a["done"] for a in self.jobs.ask(what, session=session, private=private, **asked) if "done" in a)
 
 
-class told:
+@contextmanager
+def told() -> Iterator[None]:
     """Errors that a visitor may read, as Gradio shows them: one sentence, no traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, (AskedWrongly, Failed)):
-            raise gr.Error(str(error), print_exception=False) from None
+    try:
+        yield
+    except (AskedWrongly, Failed) as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def last(events: Iterator[Event]) -> Any:

@@ -44,21 +44,13 @@ def style() -> str:
 
 def build(service: Service) -> gr.Blocks:
     """The whole page, with its endpoints."""
-    act, heavy = (
-        Actions(service),
-        {**PRIVATE, "concurrency_id": "weights", "concurrency_limit": service.jobs.limits.at_once},
-    )
+    act, heavy = Actions(service), {**PRIVATE, "concurrency_limit": None}  # the workers have a line of their own
     known = service.catalogue.suggest()
     measures, changes = list(lmd_hf.interactive.MEASURES), list(lmd_hf.interactive.CHANGES)
     with gr.Blocks(title="Inside a model’s weights", analytics_enabled=False) as page:
         # first, for they are to have these very names: a handler of the page that is called so too gets a number
         for name, answer in Endpoints(service).all().items():
-            limits = (
-                {"queue": False}
-                if name == "search"
-                else {"concurrency_id": "weights", "concurrency_limit": service.jobs.limits.at_once}
-            )
-            gr.api(answer, api_name=name, **limits)
+            gr.api(answer, api_name=name, concurrency_limit=None)
         shown, wanted = gr.State(None, time_to_live=ONE_HOUR), gr.State({}, time_to_live=ONE_HOUR)
         compared, taken = gr.State(None, time_to_live=ONE_HOUR), gr.State(None, time_to_live=ONE_HOUR)
         parcel = gr.JSON(visible=False)
@@ -186,7 +178,7 @@ def build(service: Service) -> gr.Blocks:
         figures, head_parts = [facts, lines, bulk, energy], [head_facts, circuits, tokens]
         request = [model, revision, wanted]
         steps: Sequence[Any] = (
-            page.load(act.restore, None, [model, revision, tabs, base, tuned, wanted], **QUICK),
+            page.load(act.restore, None, [model, revision, tabs, base, tuned, measure, wanted], **QUICK),
             start.click(lambda: {}, None, wanted, **QUICK),
         )
         steps[0].then(None, None, None, js="() => { window.lmdRestored = true; }", **PRIVATE)
@@ -200,7 +192,13 @@ def build(service: Service) -> gr.Blocks:
                 show_progress_on=status,
                 **heavy,
             )
-            run.then(None, [model, revision], None, js=_link("model", "revision"), **PRIVATE)
+            run.then(
+                None,
+                [model, revision],
+                None,
+                js="(model, revision) => { lmdLink({model, revision}); setTimeout(lmdReach, 300); }",
+                **PRIVATE,
+            )
             run.then(act.matrix, [matrix, scale, shown], figures, **QUICK)
             run.then(act.head, [head, shown], head_parts, **QUICK)
             runs.append(run)
@@ -210,14 +208,15 @@ def build(service: Service) -> gr.Blocks:
         look = ahead.click(
             act.plan, [model, revision], [status, planned], show_progress="minimal", show_progress_on=status, **heavy
         )
-        differ = beside.click(
-            act.compare, [base, base_revision, tuned, tuned_revision],
-            [compare_status, compared, difference, change_grid, pair, changed], show_progress="minimal",
-            show_progress_on=compare_status, **heavy,
-        )  # fmt: skip
-        differ.then(act.change, [pair, compared], change, **QUICK)
+        sides = [base, base_revision, tuned, tuned_revision]
+        beside_outputs = [compare_status, compared, difference, change_grid, pair, changed]
+        looks: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": compare_status, **heavy}
+        differ = beside.click(act.compare, sides, beside_outputs, **looks)
+        linked = steps[0].then(act.wanted_compare, [*sides, wanted], beside_outputs, **looks)
+        for event in (differ, linked):
+            event.then(act.change, [pair, compared], change, **QUICK)
         differ.then(None, [base, tuned], None, js=_link("base", "tuned"), **PRIVATE)
-        stop.click(act.stop, None, status, cancels=[*runs, look, differ, again], **QUICK)
+        stop.click(act.stop, None, status, cancels=[*runs, look, differ, linked, again], **QUICK)
 
         measure.change(act.map, [measure, matrix, shown], grid, **QUICK)
         measure.input(None, measure, None, js=_link("measure"), **PRIVATE)

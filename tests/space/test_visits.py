@@ -127,7 +127,7 @@ def test_stopped_and_begun_again(visit, start_app, minilm):
         ("org/secret", "There is no model org/secret"),
         ("org/pickled", "holds pickles alone"),
         ("org/empty", "holds no weights"),
-        ("org/broken", "org/broken"),
+        ("org/broken", "the header claims"),
         ("", "Name a model first"),
     ],
 )
@@ -207,7 +207,8 @@ def test_links_lead_to_heads_factors_and_comparisons(visit, app, hub, model_file
     visitor.settled()
     visitor.page.wait_for_function("() => document.querySelector('#head input')?.value === 'layer 2, attention head 1'")
     name = "model.layers.2.mlp.up_proj.weight"
-    visitor.open(f"?model=org/model&tab=factors&matrix={name}&cut=7").settled()
+    visitor = visit().open(f"?model=org/model&tab=factors&matrix={name}&cut=7")
+    visitor.settled()
     visitor.page.wait_for_selector("#pictures img")
     assert "n' = 7" in visitor.page.inner_text("#pictures")
 
@@ -236,8 +237,8 @@ def test_two_models_beside_each_other(visit, app, hub, model_files):
     visitor = visit().open("?tab=compare&base=org/model&tuned=org/tuned")
     page = visitor.page
     visitor.settled()
+    page.wait_for_selector("#change-grid button[data-key]")  # the address asks for it
     page.click("#compare")
-    page.wait_for_selector("#change-grid button[data-key]")
     assert page.locator("#change-grid button[data-key]").first.inner_text() == "0.50"
     page.locator("#change-grid button[data-key]").first.click()
     page.wait_for_selector("#change-line .js-plotly-plot path.js-line")
