@@ -64,8 +64,8 @@ class Service:
     def _made(
         self, kind: str, key: Any, subjects: tuple[Subject, ...], session: str, read: Any, **asked: Any
     ) -> Iterator[Event]:
-        """The answers of a worker as (name, value), the last of them the result; of a shared one that is known, it alone.
-        Whoever asks for the same meanwhile waits, and finds it."""
+        """The answers of a worker as (name, value), the last of them the result; of a shared one that is known it
+        alone. Whoever asks for the same meanwhile waits, and finds it."""
         shared, apart = all(s.shared for s in subjects), any(s.apart for s in subjects)
         if shared and (known := self.store.find((kind, key))) is not None:
             yield kind, known

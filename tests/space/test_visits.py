@@ -271,3 +271,15 @@ def test_files_are_what_the_report_holds(visit, tmp_path):
     alone.page.fill("#search", "q_proj")
     assert alone.page.locator(".lmd-table tbody tr:visible").count() == 4
     assert violations(alone.page) == []
+
+
+def test_names_are_suggested_from_the_hub(visit, app, hub, model_files):
+    hub.add("org/a-model-to-find", model_files)
+    hub.add("org/a-model-to-hide", model_files, private=True)
+    visitor = visit().open()
+    visitor.settled()
+    box = visitor.page.get_by_label("Model", exact=True)
+    box.fill("")
+    box.press_sequentially("a-model-to", delay=60)
+    visitor.page.get_by_role("option", name="org/a-model-to-find").wait_for()
+    assert visitor.page.get_by_role("option", name="org/a-model-to-hide").count() == 0
