@@ -48,11 +48,12 @@ class Actions:
             wanted,
         )
 
-    def suggest(self, data: gr.KeyUpData, token: gr.OAuthToken | None) -> Any:
-        """Names that fit what is being typed."""
-        return gr.Dropdown(
-            choices=self.service.catalogue.suggest(data.input_value, None if token is None else token.token)
-        )
+    def suggest(self, seen: list[str], data: gr.KeyUpData, token: gr.OAuthToken | None) -> tuple[Any, list[str]]:
+        """(names to choose from, the same): those that were, and what fits what is being typed. The list never gets
+        shorter, for that an open list of Gradio's does not survive; it filters by itself."""
+        found = self.service.catalogue.suggest(data.input_value, None if token is None else token.token)
+        names = list(dict.fromkeys([*seen, *found]))
+        return gr.Dropdown(choices=names), names
 
     def plan(self, model: str, revision: str, request: gr.Request, token: gr.OAuthToken | None) -> tuple[str, str]:
         """(status, plan)."""

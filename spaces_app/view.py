@@ -226,9 +226,9 @@ def build(service: Service) -> gr.Blocks:
         chosen.then(None, matrix, None, js=_link("matrix"), **PRIVATE)
         scale.change(act.matrix, [matrix, scale, shown], figures, **QUICK)
         head_measure.change(act.head_map, [head_measure, head, shown], head_grid, **QUICK)
-        seen = head_grid.select(act.open_head, shown, [head, *head_parts], **QUICK)
+        opened_head = head_grid.select(act.open_head, shown, [head, *head_parts], **QUICK)
         picked = head.input(act.head, [head, shown], head_parts, **QUICK)
-        for event in (seen, picked):
+        for event in (opened_head, picked):
             event.then(None, head, None, js=_link("head"), **PRIVATE)
         near.click(act.tokens, [head, shown], tokens, show_progress="minimal", **heavy)
         apart.click(
@@ -258,7 +258,8 @@ def build(service: Service) -> gr.Blocks:
         diff.click(act.diff, shown, [card_status, card_diff], show_progress="minimal", **heavy)
         pull.click(act.pull, shown, [card_status, card_diff], show_progress="minimal", **heavy)
         for names in (model, base, tuned):
-            names.key_up(act.suggest, None, names, trigger_mode="always_last", **QUICK)
+            seen = gr.State(known, time_to_live=ONE_HOUR)
+            names.key_up(act.suggest, seen, [names, seen], trigger_mode="always_last", **QUICK)
         for name, place in places.items():
             place.select(None, None, None, js=f"() => lmdTab('{name}')", **PRIVATE)
         page.unload(act.leave)

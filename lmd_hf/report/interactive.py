@@ -149,7 +149,7 @@ def plane(report: "Report") -> go.Figure | None:
     if not any(groups.values()):
         return None
     last = max((layer for group in groups.values() for layer, _, _ in group if layer is not None), default=0)
-    figure = _figure("expressivity: entropy of the energies / ln k", "capacity, log₁₀ K")
+    figure = _figure("expressivity: entropy / ln k", "capacity, log₁₀ K")
     for index, (role, group) in enumerate(groups.items()):
         layers = [layer for layer, _, _ in group]
         marker = {
