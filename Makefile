@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench cards reproduce clean
+.PHONY: demo test check bench cards reproduce space clean
 
 demo: .venv/ready ## the embedded model, end to end, offline
 	$(BIN)/lmd-hf demo
@@ -24,6 +24,9 @@ cards: .venv/ready ## the reports and cards of model_cards/ again
 
 reproduce: .venv/ready ## the paper's experiments, ten seeds each: half an hour
 	$(BIN)/lmd-hf reproduce --all --quiet --out model_cards/experiments
+
+space: .venv/ready ## the Gradio Space on this machine: http://127.0.0.1:7860
+	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces_app/app.py $(FOLDERS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

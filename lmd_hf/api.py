@@ -28,10 +28,12 @@ from lmd_hf.weights.source import open_source
 if TYPE_CHECKING:
     from torch import nn
 
+    from lmd_hf.weights.source import FileSource
+
 
 @overload
 def analyze(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | FileSource,
     *,
     revision: str | None = None,
     subfolder: str = "",
@@ -61,7 +63,7 @@ def analyze(model: list[Any] | tuple[Any, ...], **options: Any) -> list[Report]:
 
 
 def analyze(  # type: ignore[misc]  # the keywords stand once
-    model: str | Path | nn.Module | list[Any] | tuple[Any, ...],
+    model: str | Path | nn.Module | FileSource | list[Any] | tuple[Any, ...],
     *,
     revision: str | None = None,
     subfolder: str = "",
@@ -86,11 +88,11 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
 ) -> Report | list[Report]:
     """Decompose every weight matrix of a model and return the report; of a list of models, a list of reports.
 
-    `model` is a folder in Hub layout, a `.safetensors` file, a Hub id or a live module; weights are read one tensor at
-    a time and the model is never built with real memory. Of a Hub id only the tensors that are selected are fetched,
-    and not kept; `download` keeps whole files in the cache. A PEFT LoRA adapter gives one row for each pair, the update
-    that it makes; with `base` (a model, or `auto` for the one that it names) the rows are those of the base with
-    the updates added. The keywords after that are the fields of `Settings`.
+    `model` is a folder in Hub layout, a `.safetensors` file, a Hub id, a live module or what `open_source` gave;
+    weights are read one tensor at a time and the model is never built with real memory. Of a Hub id only the tensors
+    that are selected are fetched, and not kept; `download` keeps whole files in the cache. A PEFT LoRA adapter gives
+    one row for each pair, the update that it makes; with `base` (a model, or `auto` for the one that it names) the rows
+    are those of the base with the updates added. The keywords after that are the fields of `Settings`.
 
     With `heads`, `report.heads` holds the Hopfield reading of every attention head of which a matrix is selected (with
     data its k90 and class too), `report.mlps` that of the MLPs; what cannot be formed is in the notes of the coverage.
@@ -144,7 +146,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
 
 
 def plan(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | FileSource,
     *,
     revision: str | None = None,
     subfolder: str = "",
@@ -160,8 +162,8 @@ def plan(
 
 
 def compare(
-    base: str | Path | nn.Module,
-    tuned: str | Path | nn.Module,
+    base: str | Path | nn.Module | FileSource,
+    tuned: str | Path | nn.Module | FileSource,
     *,
     base_revision: str | None = None,
     tuned_revision: str | None = None,

@@ -56,20 +56,15 @@ class Request:
 
 
 def analyze_one(
-    model: str | Path | nn.Module,
-    request: Request,
-    world: World,
-    factors: Path | None,
-    *,
-    begun: Source | None = None,
+    model: str | Path | nn.Module | FileSource, request: Request, world: World, factors: Path | None
 ) -> Report:
-    """The report of one model, on every rank the same; `begun` is its source where that is open already."""
+    """The report of one model, on every rank the same."""
     started, settings = time.perf_counter(), request.settings
     check_thresholds(request.thresholds)
     background = ThreadPoolExecutor(1)
     try:
         table = background.submit(load_table)  # while the Hub answers
-        source = world.together(lambda: begun or open_source(model, **request.where))
+        source = world.together(lambda: open_source(model, **request.where))
         if found := world.together(lambda: _published(source, request)):
             return found
         earlier = world.together(lambda: _earlier(model, source, request))
@@ -163,7 +158,7 @@ def _same_files(published: ModelIdentity, here: ModelIdentity) -> bool:
     return alike and len(published.files) == len(here.files)
 
 
-def _earlier(model: str | Path | nn.Module, source: Source, request: Request) -> Source | None:
+def _earlier(model: str | Path | nn.Module | FileSource, source: Source, request: Request) -> Source | None:
     return None if request.before is None else open_before(request.before, model, source, request.where)
 
 

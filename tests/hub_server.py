@@ -21,6 +21,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import hub_oauth
 import hub_writes
 
 
@@ -61,6 +62,9 @@ class Hub:
     users: dict[str, str] = field(
         default_factory=lambda: {"hf_test_token": "tester", "hf_other_token": "other", "hf_third_token": "third"}
     )
+    visitor: str = "hf_other_token"  # who signs in
+    codes: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    scopes: str = ""
     failing: dict[str, list[int]] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     sent: int = 0
@@ -127,7 +131,7 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up is none."""
 
 
-class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
+class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
     hub: Hub
     muted = False  # the work is done, the answer withheld
     protocol_version = "HTTP/1.1"
@@ -150,6 +154,11 @@ class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
             return
         for kind, pattern, answer in (
             ("", r"/api/agent-harnesses", self._harnesses),
+            ("", r"/\.well-known/openid-configuration", self._openid),
+            ("", r"/oauth/jwks", self._jwks),
+            ("", r"/oauth/authorize", self._authorize),
+            ("", r"/oauth/userinfo", self._userinfo),
+            ("", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/auth-check", self._auth_check),
             ("whoami", r"/api/whoami-v2", self._whoami),
             ("discussions", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/discussions", self._discussions),
             ("tree", r"/api/models/([\w.-]+(?:/[\w.-]+)?)/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", self._tree),
@@ -169,7 +178,7 @@ class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
     def _find(self, repo_id: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
         """(commit, files), or `None` after an error was answered."""
         repo = self.hub.repos.get(repo_id)
-        allowed = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        allowed = self._is_known()
         if repo is None or (repo.private and not allowed):
             self._error(401, "RepoNotFound")
             return None
@@ -182,18 +191,28 @@ class _Handler(hub_writes.Writes, BaseHTTPRequestHandler):
             return None
         return sha, repo.commits[sha]
 
+    def _is_known(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+
     def _models(self) -> None:
         asked = parse_qs(urlsplit(self.path).query)
         author, words, limit = (asked.get(key, [""])[0] for key in ("author", "search", "limit"))
-        names = [n for n in self.hub.repos if n.startswith(f"{author}/" if author else "") and words in n]
+        seen = [n for n, repo in self.hub.repos.items() if not repo.private or self._is_known()]
+        names = [n for n in seen if n.startswith(f"{author}/" if author else "") and words in n]
         self._json([{"_id": "0", "id": n, "modelId": n, "tags": []} for n in names[: int(limit or 1000)]])
+
+    def _auth_check(self, repo_id: str) -> None:
+        if self._find(repo_id, None):
+            self._json({})
 
     def _info(self, repo_id: str, revision: str | None = None) -> None:
         if found := self._find(repo_id, revision):
             sha, files = found
             siblings = [{"rfilename": name} for name in sorted(files)]
-            told = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, "tags": []}
-            self._json({**told, "disabled": True} if self.hub.repos[repo_id].disabled else told)
+            repo = self.hub.repos[repo_id]
+            told = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, "tags": [],
+                    "private": repo.private, "gated": "auto" if repo.gated else False}  # fmt: skip
+            self._json({**told, "disabled": True} if repo.disabled else told)
 
     def _tree(self, repo_id: str, revision: str, folder: str | None) -> None:
         if found := self._find(repo_id, revision):

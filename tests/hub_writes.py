@@ -41,6 +41,7 @@ class Writes:
         self.hub.requests.append(("POST", path, ""))
         for kind, pattern, answer in (
             ("validate", r"/api/validate-yaml", self._validate),
+            ("", r"/oauth/token", self._token),
             ("create", r"/api/repos/create", self._create),
             ("preupload", rf"/api/models/{NAME}/preupload/(.+)", self._preupload),
             ("commit", rf"/api/models/{NAME}/commit/(.+)", self._commit),

@@ -21,7 +21,7 @@ from lmd_hf.records import Settings
 from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.report.summary import numbers_digest, summary_text
 from lmd_hf.run.world import World
-from lmd_hf.weights.source import Source, open_source
+from lmd_hf.weights.source import FileSource, open_source
 
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Begun:
 
     look: Look
     early: Decision
-    source: Source | None
+    source: FileSource | None
 
 
 def begin(model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None) -> Begun:
@@ -101,26 +101,37 @@ def begin(model: str, *, how: How = "dry", force: bool = False, token: str | boo
     if how != "dry" and look.me is None:
         raise SettingsError(f"{model}: writing needs a token with write access; `hf auth login`")
     early = decide(look, {"weights": look.weights, "lmd_hf": __version__}, force=force)
-    source = None if early.action == "nothing" else open_source(model, revision=look.commit, token=token)
+    if early.action == "nothing":
+        return Begun(look, early, None)
+    source = open_source(model, revision=look.commit, token=token)
+    assert isinstance(source, FileSource), "a repository has files"
     return Begun(look, early, source)
 
 
 def annotate(
-    model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None, begun: Begun | None = None
+    model: str,
+    *,
+    how: How = "dry",
+    force: bool = False,
+    token: str | bool | None = None,
+    report: "Report | None" = None,
+    begun: Begun | None = None,
 ) -> Outcome:
     """Put the LMD section into a repository's card: as a diff (`dry`), a pull request (`pull`) or a commit (`push`).
 
     Whatever was refused, opted out of or said before is left alone (`etiquette.decide`); weights are only read when
-    something may come of it. `begun` is what `begin` gave for the same arguments a while ago: before anything is
-    written, the repository is looked at again. Raises `SourceError` where the repository cannot be read or written,
-    `FormatError` for a card that a person has to mend, `SettingsError` without a token where one is needed.
+    something may come of it, and not at all where `report` is that of the commit which main is at. `begun` is what
+    `begin` gave for the same arguments a while ago: before anything is written, the repository is looked at again.
+    Raises `SourceError` where the repository cannot be read or written, `FormatError` for a card that a person has to
+    mend, `SettingsError` without a token where one is needed.
     """
     api = _api(token)
     begun = begun or begin(model, how=how, force=force, token=token)
     look = begun.look
     if begun.source is None:
         return Outcome(model, "left", begun.early.reason)
-    report = analyze_one(model, Request(Settings(heads=True)), World(), None, begun=begun.source)
+    if report is None or report.model.commit != look.commit:
+        report = analyze_one(begun.source, Request(Settings(heads=True)), World(), None)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
     analysed = look.weights

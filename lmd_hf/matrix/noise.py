@@ -34,6 +34,17 @@ def mp_cdf(x: Float[ndarray, " N"], beta: float) -> Float[ndarray, " N"]:
     return np.where(inside, 0.5 + area / (2 * math.pi * beta), np.where(x >= b, 1.0, 0.0))
 
 
+def mp_density(x: Float[ndarray, " N"], beta: float) -> Float[ndarray, " N"]:
+    """Marchenko–Pastur density of λ at ratio 0 < β ≤ 1 and variance 1: √((b−λ)(λ−a)) / 2πβλ with a, b = (1∓√β)².
+
+    0 outside (a, b). The derivative of `mp_cdf`.
+    """
+    a, b = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+    inside = (x > a) & (x < b)
+    lam = np.where(inside, x, (a + b) / 2)
+    return np.where(inside, np.sqrt((b - lam) * (lam - a)) / (2 * math.pi * beta * lam), 0.0)
+
+
 @lru_cache(maxsize=1024)
 def mp_median(beta: float) -> float:
     """Median of λ under Marchenko–Pastur at ratio 0 < β ≤ 1 and variance 1, to 1e-8 (inverse interpolation)."""

@@ -3,6 +3,7 @@
 The paper (arXiv 2309.05968) names three; the measures and thresholds are this project's, calibrated on pure noise.
 """
 
+from lmd_hf.changes import MatrixChange
 from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import Finding, MatrixReport
 from lmd_hf.run.convergence import looks_untrained
@@ -77,6 +78,6 @@ def noise_ratio(matrix: MatrixReport) -> float | None:
     return matrix.participation_ratio * (1 + short / long) / short
 
 
-def label(matrix: MatrixReport) -> str:
+def label(matrix: MatrixReport | MatrixChange) -> str:
     """Name and part: what tells one row from every other."""
     return f"{matrix.name} [{matrix.part}]" if matrix.part else matrix.name

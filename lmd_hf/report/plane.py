@@ -15,13 +15,13 @@ from matplotlib.ticker import MaxNLocator
 from lmd_hf.circuits import HeadReport
 from lmd_hf.matrix.dimension import expressivity
 from lmd_hf.report import heads
+from lmd_hf.report.measures import COLORMAP
 from lmd_hf.report.text import by_role
 
 
 if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
-COLORMAP = "viridis"  # even in lightness, and readable without colour vision
 TITLE = 40  # characters of a model's name above a narrow figure: of a path, the last
 MARKERS = "osD^v<>PX*phd8"  # one a role, over again after the last
 Point = tuple[int | None, float | None, float | None]  # layer, expressivity, log₁₀ K

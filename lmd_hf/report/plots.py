@@ -15,8 +15,9 @@ from lmd_hf.changes import MatrixChange
 from lmd_hf.circuits import HeadReport
 from lmd_hf.records import MatrixReport
 from lmd_hf.report.heads import grids
+from lmd_hf.report.measures import CHANGES, COLORMAP, MEASURES, ON_CARDS, layer_grid
 from lmd_hf.report.plain import Row
-from lmd_hf.report.plane import COLORMAP, layer_bar, layer_color, plane
+from lmd_hf.report.plane import layer_bar, layer_color, plane
 from lmd_hf.report.text import by_role
 
 
@@ -25,17 +26,6 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 COLUMNS = 4
-MEASURES: dict[str, Callable[[MatrixReport], float | None]] = {
-    "effective rank / k": lambda m: None if m.effective_rank is None else m.effective_rank / min(m.shape),
-    "latent dimension n'": lambda m: m.latent_dim,
-    "capacity, log₁₀ K": lambda m: m.capacity_log10,
-}
-CHANGES: dict[str, Callable[[MatrixChange], float | None]] = {
-    "‖ΔW‖ / ‖W‖": lambda m: m.relative_update,
-    "update rank / k": lambda m: m.update_rank / min(m.shape),
-    "drift of S'": lambda m: m.spectrum_drift,
-    "cos², top n'": lambda m: None if m.left_cos2 is None or m.right_cos2 is None else min(m.left_cos2, m.right_cos2),
-}
 SHOWN = 1e-5  # of the largest change of any matrix: what lies below is left out of the figure
 
 
@@ -55,7 +45,8 @@ def layer_map(report: "Report") -> Figure | None:
     """The heat map layer × role of a report; `None` without numbered layers."""
     if all(matrix.layer is None for matrix in report.matrices):
         return None
-    return heatmap(report.matrices, MEASURES, report.model.id)
+    shown = {name: MEASURES[name] for name in ON_CARDS}
+    return heatmap(report.matrices, shown, report.model.id)
 
 
 def writer(figure: Figure) -> Callable[[Path], None]:
@@ -135,16 +126,12 @@ def heatmap(matrices: tuple[Row, ...], measures: dict[str, Callable[[Row], float
     """Layer × role, one panel a measure; a cell is the median over the matrices (experts) that share it."""
     placed = [matrix for matrix in matrices if matrix.layer is not None]
     roles = by_role(placed)
-    layers = range(1 + max(matrix.layer or 0 for matrix in placed))
-    size = (1.6 + len(measures) * (0.55 * len(roles) + 1.6), 1.9 + 0.22 * max(len(layers), 6))
+    layers = 1 + max(matrix.layer or 0 for matrix in placed)
+    size = (1.6 + len(measures) * (0.55 * len(roles) + 1.6), 1.9 + 0.22 * max(layers, 6))
     figure = Figure(figsize=size, layout="constrained")
     for index, (name, measure) in enumerate(measures.items()):
         axes = figure.add_subplot(1, len(measures), index + 1)
-        grid = np.full((len(layers), len(roles)), np.nan)
-        for column, (_, group) in enumerate(roles):
-            for layer in layers:
-                values = [v for m in group if m.layer == layer and (v := measure(m)) is not None]
-                grid[layer, column] = np.median(values) if values else np.nan
+        grid = layer_grid(roles, layers, measure)
         image = axes.imshow(grid, aspect="auto", cmap=COLORMAP, interpolation="nearest")
         axes.set_xticks(range(len(roles)), [role for role, _ in roles], rotation=60, ha="right", fontsize="small")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -88,6 +88,13 @@ class Report:
             write_folder(Path(folder), {f"{name}.png": plots.writer(figure) for name, figure in figures.items()})
         return figures
 
+    def page(self) -> str:
+        """One interactive HTML page that stands alone: maps to click, spectra, heads, a table to search. Some 5 MB, for
+        plotly is in it; needs `pip install 'lmd-hf[space]'`."""
+        from lmd_hf.report.page import page
+
+        return page(self)
+
     def to_pandas(self) -> pandas.DataFrame:
         """One row a matrix, one column a number; `singular_values` holds an array."""
         import pandas

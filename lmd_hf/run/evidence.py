@@ -17,7 +17,7 @@ from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_wei
 from lmd_hf.run.pairs import match
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.source import Source, open_source
+from lmd_hf.weights.source import FileSource, Source, open_source
 from lmd_hf.weights.training import read_history
 
 
@@ -25,7 +25,10 @@ Progress = Callable[[Sequence[Pair]], AbstractContextManager[Callable[[Pair], No
 
 
 def open_before(
-    before: str | Path | nn.Module, model: str | Path | nn.Module, source: Source, where: dict[str, Any]
+    before: str | Path | nn.Module,
+    model: str | Path | nn.Module | FileSource,
+    source: Source,
+    where: dict[str, Any],
 ) -> Source:
     """The earlier checkpoint of a model, which was opened with `where` as `source`: a folder, a file, a module, a Hub
     id, `id@revision`, or `@revision` of the model's own repository. Raises what `open_source` does, and `SettingsError`

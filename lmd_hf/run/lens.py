@@ -19,8 +19,9 @@ from lmd_hf.run.loading import evaluating, forward, load_model, origin
 from lmd_hf.run.taps import first_tensor
 from lmd_hf.weights.heads import list_heads
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.source import Source, open_source
-from lmd_hf.weights.stored import read_gain, read_matrix
+from lmd_hf.weights.source import FileSource, Source, open_source
+from lmd_hf.weights.stored import read_gain
+from lmd_hf.weights.stored import read_matrix as stored_matrix
 
 
 READERS = ("q", "k", "v", "kv", "gate", "up", "router")  # roles whose input is the stream
@@ -67,8 +68,21 @@ class Directions:
         return "\n".join(lines)
 
 
+def read_matrix(model: str | Path | nn.Module | FileSource, part: str, *, layer: int | None = None) -> Tensor:
+    """One matrix of a model, (out, in) as in y = W·x, as its forward pass uses it: dequantised, split, turned round.
+
+    `part` names it as for `read_directions`, or is the name of its tensor (with its part, where one tensor holds
+    several matrices). The entries have the type in which they are stored, or float32. Raises as `read_directions`.
+    """
+    source = open_source(model)
+    found = _choose(list_matrices(source), part, layer)
+    if isinstance(found, HeadRef):
+        raise SettingsError(f"'{part}' is a head, which has four matrices; name one of them (q, k, v, o)")
+    return stored_matrix(source, found)
+
+
 def read_directions(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | FileSource,
     part: str,
     *,
     layer: int | None = None,
@@ -163,7 +177,7 @@ def _subject(source: Source, found: MatrixRef | HeadRef) -> _Subject:
         own, used = (factors_of(found, matrices, folded=folded) for folded in (False, True))
         lmd = decompose_product(ov_circuit(used.w_o_OE, used.w_v_EJ))
         return _Subject(_label(found), lmd, entry, True, True, _gain(entry), lambda x: x @ own.w_v_EJ.T @ own.w_o_OE.T)
-    w = read_matrix(source, found).to(torch.float64)
+    w = stored_matrix(source, found).to(torch.float64)
     lmd = decompose(fold(w, None if found.norm is None else read_gain(source, found.norm)))
     reads, writes = found.role in READERS and found.part != "b", found.role in WRITERS and found.part != "a"
     return _Subject(_label(found), lmd, found, reads, writes, _gain(found), lambda x: x @ w.T)
@@ -183,7 +197,7 @@ def _embedding(source: Source, inventory: Inventory) -> Tensor:
     if not tables:
         raise SettingsError("the model has no embedding to read directions through")
     named = [ref for ref in tables if ref.shape[1] == size]
-    return read_matrix(source, named[0] if named else max(tables, key=lambda ref: ref.shape[1])).T
+    return stored_matrix(source, named[0] if named else max(tables, key=lambda ref: ref.shape[1])).T
 
 
 def _head(source: Source, inventory: Inventory) -> tuple[Tensor, str]:
@@ -194,7 +208,7 @@ def _head(source: Source, inventory: Inventory) -> tuple[Tensor, str]:
         return _embedding(
             source, inventory
         ), "the embedding in the place of the output head, without the last norm's gain"
-    w = read_matrix(source, heads[0])
+    w = stored_matrix(source, heads[0])
     if heads[0].norm is None:
         return w, f"output head {heads[0].name}"
     return fold(w, read_gain(source, heads[0].norm)), f"output head {heads[0].name} with the last norm's gain"

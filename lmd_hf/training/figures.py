@@ -9,7 +9,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lmd_hf.report.plane import COLORMAP, MARKERS
+from lmd_hf.report.measures import COLORMAP
+from lmd_hf.report.plane import MARKERS
 from lmd_hf.training.series import Point
 
 

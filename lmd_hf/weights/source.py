@@ -176,7 +176,7 @@ def _page_buffer(size: int) -> Tensor:
 
 
 def open_source(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | FileSource,
     *,
     revision: str | None = None,
     subfolder: str = "",
@@ -190,9 +190,12 @@ def open_source(
     With `base`, `model` is a LoRA adapter, and the source is its base with the updates added: that base, or `auto` for
     the one that the adapter names. Of a Hub id only the tensors that are read are fetched, and not kept; `download`
     keeps whole files in the cache. A path that exists wins over a Hub id of the same name; the embedded model answers
-    to its own id, offline. Raises `SourceError` if there is no such model or it holds no weights that may be read,
+    to its own id, offline. A source is returned as it is: whatever takes a model takes an opened one too, at the commit
+    that it was pinned to. Raises `SourceError` if there is no such model or it holds no weights that may be read,
     `FormatError` if a file is damaged.
     """
+    if isinstance(model, FileSource):
+        return model
     if base is not None:
         from lmd_hf.weights.merged import open_merged
 

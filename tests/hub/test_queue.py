@@ -148,14 +148,15 @@ def test_the_next_model_is_looked_at_while_one_is_analysed(hub, save, tmp_path, 
     seen = {}
     analysed = annotate_module.analyze_one
 
-    def analyze(model, *others, **known):
+    def analyze(source, *others, **known):
+        model = source.identity.id
         following = names[names.index(model) + 1] if model != names[-1] else model
         deadline = time.monotonic() + 20
         while not (told := [p for _, p, _ in hub.requests if following in p and p.endswith("model.safetensors")]):
             assert time.monotonic() < deadline, "the headers of the next model were not fetched"
             time.sleep(0.01)
         seen[model] = told
-        return analysed(model, *others, **known)
+        return analysed(source, *others, **known)
 
     monkeypatch.setattr(annotate_module, "analyze_one", analyze)
     outcomes = list(work_off(queue, how="pull", token="hf_test_token"))

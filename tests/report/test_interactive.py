@@ -1,0 +1,100 @@
+"""Figures and pages for a browser: what they show is what the report holds."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import cumulative_trapezoid
+
+from lmd_hf import Report, decompose, interactive
+from lmd_hf.matrix.noise import mp_cdf, mp_density
+from lmd_hf.report.grid import short
+from lmd_hf.report.pictures import SIDE
+
+
+@pytest.fixture(scope="module")
+def report():
+    from pathlib import Path
+
+    return Report.load(Path(__file__).parents[2] / "model_cards" / "lmd-hf--stdlib-llama-1m" / "report.json")
+
+
+def test_the_density_is_the_derivative_of_the_distribution():
+    for beta in (0.2, 0.5, 1.0):
+        x = np.linspace(0.05, 5, 50_001)
+        summed = cumulative_trapezoid(mp_density(x, beta), x, initial=0)
+        assert np.allclose(summed, mp_cdf(x, beta) - mp_cdf(x[:1], beta), atol=1e-4)
+
+
+def test_a_map_has_a_button_for_every_place(report):
+    name = "effective rank / k"
+    table = interactive.layer_table(report.matrices, name, interactive.MEASURES[name])
+    keys = set(re.findall(r'data-key="([^"]+)"', table))
+    assert keys == {interactive.matrix_key(m) for m in report.matrices}
+    labels = re.findall(r'aria-label="(layer [^"]+)"', table)
+    first = next(m for m in report.matrices if m.layer == 0)
+    assert f"layer 0, attention q: {first.effective_rank / min(first.shape):.2f}" in labels
+
+
+def test_heads_have_their_grid(report):
+    grid = interactive.head_grid(report.heads, "copying score of OV")
+    assert (
+        len(re.findall("data-key", grid)) == len(report.heads) == len({interactive.head_key(h) for h in report.heads})
+    )
+
+
+def test_figures_hold_the_numbers(report):
+    matrix = report.matrices[3]
+    assert np.allclose(interactive.spectrum(matrix).data[0].y, matrix.singular_values)
+    shares = np.array(interactive.energy(matrix).data[0].y)
+    expected = np.cumsum(matrix.singular_values**2) / matrix.frobenius_norm**2
+    assert np.allclose(shares, expected)
+    law = interactive.density(matrix).data[1]
+    assert np.trapezoid(law.y, law.x) == pytest.approx(1, abs=0.02)
+
+
+def test_names_of_a_repository_are_inert(report):
+    import dataclasses
+
+    bad = '"><script>alert(1)</script>'
+    row = dataclasses.replace(report.matrices[0], name=bad, block="", layer=None)
+    evil = dataclasses.replace(
+        report, matrices=(row, *report.matrices[1:]), model=dataclasses.replace(report.model, id=bad)
+    )
+    name = "stable rank"
+    for text in (
+        interactive.layer_table(evil.matrices, name, interactive.MEASURES[name]),
+        interactive.overview(evil),
+        evil.page(),
+    ):
+        assert "<script>alert" not in text
+
+
+def test_pictures_of_block_means_are_those_of_the_matrix():
+    w = torch.randn(300, 130, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lmd = decompose(w)
+    factors = interactive.Factors.of(w, lmd)
+    assert factors.w_PQ.shape == (SIDE, SIDE)
+    rebuilt = (factors.projection_PK * factors.s_K) @ factors.similarity_KQ
+    assert np.allclose(rebuilt, factors.w_PQ, atol=1e-12)
+    for cut in (1, 50, 130):
+        lost = w - (lmd.projection[:, :cut] * lmd.s_K[:cut]) @ lmd.similarity[:cut]
+        assert factors.error(cut) == pytest.approx((lost.norm() / w.norm()).item(), abs=1e-6)
+    again = interactive.Factors.from_dict(factors.to_dict())
+    assert np.allclose(again.w_PQ, factors.w_PQ, rtol=1e-6)
+    assert interactive.pictures(again, 20).count("<img ") == 8
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(float("nan"), "–"), (3.0, "3"), (0.456, "0.46"), (-0.001, "0.00"), (123.4, "123")]
+)
+def test_numbers_are_short(value, text):
+    assert short(value) == text
+
+
+def test_the_page_stands_alone(report):
+    page = report.page()
+    assert "@@" not in page.split("/* plotly.js")[0]
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', page)
+    assert all(interactive.title(m) in page for m in report.matrices)
