@@ -27,7 +27,7 @@ def build_report(
         coverage=_coverage(plan, results, heads),
         matrices=results.matrices,
         heads=heads.rows,
-        findings=find(results.matrices),
+        findings=find(results.matrices, verdict=convergence.verdict),
         convergence=convergence,
         environment=results.environment,
         timing={stage: round(seconds, 3) for stage, seconds in results.timing.items()},

@@ -14,15 +14,21 @@ KEPT = 1.0  # dimensions of the input for each that S' keeps at 90 % of the ener
 SLOW_DECAY = 0.9  # of the participation ratio of an i.i.d. matrix of the same shape, k/(1+β)
 
 
-def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) -> tuple[Finding, ...]:
-    """All signatures, found or not. `slow_decay` is the share of noise's participation ratio that counts as slow."""
+def find(
+    matrices: tuple[MatrixReport, ...], *, verdict: str = "unknown", slow_decay: float = SLOW_DECAY
+) -> tuple[Finding, ...]:
+    """All signatures, found or not. `verdict` is that on convergence: where other evidence shows a training that is
+    stable, matrices like noise are named but are no sign of the opposite. `slow_decay` is the share of noise's
+    participation ratio that counts as slow."""
     ratios = [(m, ratio) for m in matrices if (ratio := noise_ratio(m)) is not None]
     slow = tuple(label(m) for m, ratio in ratios if ratio >= slow_decay)
     even = f"{len(slow)} of {len(ratios)} matrices spread their energy almost as evenly as noise: no low-rank structure"
     if not ratios:
         even = "in the metric of data noise has another participation ratio"
     raw = tuple(label(m) for m in matrices if looks_untrained(m))
-    total = len(matrices)
+    like_noise = f"{len(raw)} of {len(matrices)} matrices cannot be told from i.i.d. noise, as at initialisation"
+    if verdict == "stable" and raw:
+        like_noise = f"the training is stable; {like_noise}"
     return (
         Finding(
             "slow decay",
@@ -35,8 +41,8 @@ def find(matrices: tuple[MatrixReport, ...], *, slow_decay: float = SLOW_DECAY) 
         _high_dimension(matrices),
         Finding(
             "not converged",
-            "found" if raw else "not found",
-            f"{len(raw)} of {total} matrices cannot be told from i.i.d. noise, as at initialisation",
+            "found" if raw and verdict != "stable" else "not found",
+            like_noise,
             "no spikes beyond noise at 99 %, and Kolmogorov–Smirnov distance to Marchenko–Pastur below threshold / k",
             NOISE_FIT,
             raw,

@@ -160,6 +160,14 @@ def plane(report: "Report") -> go.Figure | None:
             "cmin": 0,
             "cmax": max(last, 1),
             "line": {"width": 1, "color": GREY},
+            "showscale": index == 0,
+            "colorbar": {
+                "title": {"text": "layer"},
+                "thickness": 10,
+                "outlinewidth": 0,
+                "tickformat": "d",
+                "nticks": 5,
+            },
         }
         figure.add_scatter(
             x=[x for _, x, _ in group], y=[y for _, _, y in group], mode="markers", name=role, marker=marker,

@@ -32,7 +32,7 @@ def overview(report: "Report") -> str:
         ("matrices", f"{len(report.matrices):,}"),
         ("effective rank, median share", _percent(_shares(report.matrices))),
         *([("attention heads", f"{len(report.heads):,}")] if report.heads else []),
-        ("training", _verdict(report)),
+        ("convergence", report.convergence.verdict),
     ]
     return (
         f'<section class="lmd-overview" aria-label="Overview">{_tiles(tiles)}'
@@ -124,10 +124,6 @@ def _left_out(report: "Report") -> str:
         items.append(f"… and {len(skipped) - SKIPPED} more; report.json names them all")
     listed = "".join(f"<li>{html.escape(item)}</li>" for item in [*notes, *items])
     return f"<details><summary>Not decomposed: {len(skipped)} tensors, and why</summary><ul>{listed}</ul></details>"
-
-
-def _verdict(report: "Report") -> str:
-    return {"stable": "converged", "unstable": "not converged"}.get(report.convergence.verdict, "unknown")
 
 
 def _shares(matrices: Iterable[MatrixReport]) -> list[float]:

@@ -287,6 +287,18 @@ def test_thresholds_can_be_changed(report):
     assert {f.signature: f.status for f in seen}["slow decay"] == "not measured"
 
 
+def test_a_stable_training_is_not_called_the_opposite_for_a_few_matrices_like_noise(tmp_path):
+    torch.manual_seed(0)
+    save_file({"noise.weight": torch.randn(120, 200)}, tmp_path / "model.safetensors")
+    report = analyze(tmp_path)
+    told = {v: findings.find(report.matrices, verdict=v)[2] for v in ("stable", "unstable", "unknown")}
+    assert {v: each.status for v, each in told.items()} == {
+        "stable": "not found", "unstable": "found", "unknown": "found",
+    }  # fmt: skip
+    assert {each.matrices for each in told.values()} == {("noise.weight",)}
+    assert told["stable"].text.startswith("the training is stable; 1 of 1 matrices cannot")
+
+
 def test_reports_are_frozen(report):
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.schema = "x"
