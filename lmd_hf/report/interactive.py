@@ -149,7 +149,7 @@ def plane(report: "Report") -> go.Figure | None:
     if not any(groups.values()):
         return None
     last = max((layer for group in groups.values() for layer, _, _ in group if layer is not None), default=0)
-    figure = _figure("expressivity: entropy / ln k", "capacity, log₁₀ K")
+    figure = _figure("expressivity: entropy / ln k (colour: layer, the first dark)", "capacity, log₁₀ K")
     for index, (role, group) in enumerate(groups.items()):
         layers = [layer for layer, _, _ in group]
         marker = {
@@ -160,14 +160,6 @@ def plane(report: "Report") -> go.Figure | None:
             "cmin": 0,
             "cmax": max(last, 1),
             "line": {"width": 1, "color": GREY},
-            "showscale": index == 0,
-            "colorbar": {
-                "title": {"text": "layer"},
-                "thickness": 10,
-                "outlinewidth": 0,
-                "tickformat": "d",
-                "nticks": 5,
-            },
         }
         figure.add_scatter(
             x=[x for _, x, _ in group], y=[y for _, _, y in group], mode="markers", name=role, marker=marker,
