@@ -24,6 +24,7 @@ from lmd_hf.weights.answers import told
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 OWN = ("README.md", "generation_config.json")  # companions that are written anew
+WHERE = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # what a download takes of the options
 
 
 class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
@@ -111,9 +112,6 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
 
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return cls(model.eval(), truncation, read_companions(folder))
-
-
-WHERE = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 def _multiplied(module: nn.Module, layer: FactoredLayer) -> nn.Module:
