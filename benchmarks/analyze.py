@@ -51,7 +51,7 @@ from diffract import Session
 from safetensors.numpy import load_file
 weights = {}
 for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
-    weights |= {name: w for name, w in load_file(path).items() if w.ndim == 2}
+    weights |= {name: w for name, w in load_file(path).items() if w.ndim == 2 and w.dtype.kind == "f"}
 weights = {name: w for name, w in weights.items() if any(fnmatchcase(name, glob) for glob in sys.argv[2].split(","))}
 begun = time.perf_counter()
 with Session(profile="ram") as session:

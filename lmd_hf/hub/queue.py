@@ -3,6 +3,7 @@
 import os
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -16,7 +17,8 @@ from lmd_hf.errors import OutputError
 
 ATTEMPTS = 3  # of a model that fails, over all runs
 DEATHS = 20  # attempts after which a model that was under way when a process ended is the likely cause
-PATIENCE = 60.0  # seconds that a writer waits for another
+PATIENCE = 60.0  # seconds that a writer waits for another process
+_turn = threading.Lock()  # for the threads of this one: SQLite has them sleep, in steps that grow to 100 ms
 _TABLE = """
 CREATE TABLE IF NOT EXISTS models (
     model TEXT NOT NULL, commit_hash TEXT NOT NULL DEFAULT '', state TEXT NOT NULL DEFAULT 'waiting',
@@ -99,7 +101,7 @@ class Queue:
         """A connection inside a transaction that has the right to write from its start."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as file:
+            with _turn, closing(sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)) as file:
                 file.execute(
                     "PRAGMA journal_mode = WAL"
                 )  # readers wait for nobody, and a killed writer leaves no trace
