@@ -137,7 +137,8 @@ def extract(
             for pair in group.pairs:
                 count(pair)
     if not done:
-        why = f" (left out: {next(iter(left_out.items()))})" if left_out else ""
+        left = [f"'{name}': {reason}" for name, reason in left_out.items()]
+        why = f" ({len(left)} left out, the first {left[0]})" if left else ""
         raise SettingsError(f"no matrix differs beyond rounding; there is nothing to extract{why}")
     named = {group.module: group for group in groups}
     extraction = Extraction(
