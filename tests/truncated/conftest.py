@@ -41,4 +41,4 @@ def saved(small, tmp_path_factory):
 def base():
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(EMBEDDED_FOLDER).eval()
+    return LlamaForCausalLM.from_pretrained(EMBEDDED_FOLDER, dtype="float32").eval()  # the default changed
