@@ -59,9 +59,7 @@ def build(service: Service) -> gr.Blocks:
             if SIGN_IN:  # elsewhere there is nobody to sign in with
                 gr.LoginButton(size="sm", scale=1, min_width=200, elem_id="login")
         with gr.Row(elem_id="ask"):
-            model = gr.Dropdown(
-                known, value=EMBEDDED, label="Model", allow_custom_value=True, scale=5, min_width=260, elem_id="model"
-            )
+            model = _model_box(known, "Model", value=EMBEDDED)
             revision = gr.Textbox(label="Revision", placeholder="main", scale=2, min_width=120, elem_id="revision")
             with gr.Row(elem_id="buttons", scale=3):
                 start = gr.Button("Analyze", variant="primary", min_width=90, elem_id="analyze")
@@ -108,26 +106,10 @@ def build(service: Service) -> gr.Blocks:
                 pictures = gr.HTML(fragments.note("Choose a matrix and take it apart."), elem_id="pictures")
             with places["compare"]:
                 with gr.Row():
-                    base = gr.Dropdown(
-                        known,
-                        value=EMBEDDED,
-                        label="Base",
-                        allow_custom_value=True,
-                        scale=4,
-                        min_width=260,
-                        elem_id="base",
-                    )
+                    base = _model_box(known, "Base", value=EMBEDDED)
                     base_revision = gr.Textbox(label="Revision of the base", placeholder="main", scale=2)
                 with gr.Row():
-                    tuned = gr.Dropdown(
-                        known,
-                        value=None,
-                        label="Tuned",
-                        allow_custom_value=True,
-                        scale=4,
-                        min_width=260,
-                        elem_id="tuned",
-                    )
+                    tuned = _model_box(known, "Tuned")
                     tuned_revision = gr.Textbox(label="Revision of the tuned model", placeholder="main", scale=2)
                 beside = gr.Button("Compare", variant="primary", elem_id="compare")
                 compare_status = gr.HTML(fragments.say("Two models of one shape: a base and what was made of it."))
@@ -269,6 +251,12 @@ def build(service: Service) -> gr.Blocks:
 def _link(*names: str) -> str:
     """A script that puts these values into the page's address."""
     return f"({', '.join(names)}) => lmdLink({{{', '.join(names)}}})"
+
+
+def _model_box(known: list[str], label: str, *, value: str | None = None) -> gr.Dropdown:
+    return gr.Dropdown(
+        known, value=value, label=label, allow_custom_value=True, scale=5, min_width=260, elem_id=label.lower()
+    )
 
 
 def _plot(title: str, name: str) -> gr.Plot:

@@ -22,7 +22,7 @@ def add_recipe(commands: Any, common: argparse.ArgumentParser) -> Any:
     """Add the command to the parser's subcommands; returns its own, for further recipes."""
     from lmd_hf.records import Settings
 
-    parser = commands.add_parser("recipe", help="from numbers to decisions: adapter ranks, layers to train, adapters")
+    parser = commands.add_parser("recipe", help="adapter ranks, layers to train, adapters, smaller models")
     recipes = parser.add_subparsers(title="recipes", required=True, metavar="RECIPE")
     lora = recipes.add_parser("lora", parents=[common], help="a LoRA configuration: how many ranks each module gets")
     _add_model(lora, "a Hub id, a folder, a weight file, a report.json or a compare.json")
