@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lmd_hf import __version__
 from lmd_hf.errors import LmdError, SettingsError, SourceError
 from lmd_hf.hub.section import place
+from lmd_hf.report.files import text_writer, write_folder
 from lmd_hf.training.budget import FLOOR_SECONDS
 from lmd_hf.training.card import section
 from lmd_hf.training.tracker import LMDTracker
@@ -131,7 +132,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
         with _no_reason_to_stop():  # a person has to decide; the card is as it was
-            card.write_text(place(text, body, lmd_hf=__version__), encoding="utf-8")
+            written = place(text, body, lmd_hf=__version__)
+            write_folder(card.parent, {card.name: text_writer(written)})
 
     def _is_turn(self) -> bool:
         self._count += 1

@@ -96,19 +96,24 @@ class Actions:
         yield fragments.say(told), folded(planned), (subject, report), *self._rendered(report, wanted)
 
     def _rendered(self, report: Any, wanted: Wanted) -> tuple[Any, ...]:
-        """(overview, plane, map, matrix, matrix to take apart, map of heads, head, table, words, card)."""
+        """(overview, plane, measure, map, matrix, matrix to take apart, its measure, map of heads, head, table, words,
+        card): the measures too, so that what is chosen and what is drawn stay the same."""
         choices = [(interactive.title(m), interactive.matrix_key(m)) for m in report.matrices]
         keys = [key for _, key in choices]
         inside = [interactive.matrix_key(m) for m in report.matrices if m.layer is not None]
         key = wanted.get("matrix") if wanted.get("matrix") in keys else next(iter([*inside, *keys]), None)
         heads = [(interactive.head_title(head), interactive.head_key(head)) for head in report.heads]
         head = wanted.get("head") if wanted.get("head") in [k for _, k in heads] else next((k for _, k in heads), None)
+        first = next(iter(interactive.MEASURES))
+        measure = wanted["measure"] if wanted.get("measure") in interactive.MEASURES else first
         return (
             interactive.overview(report),
             plot(interactive.plane(report)),
-            self.map(wanted.get("measure") or next(iter(interactive.MEASURES)), key, (None, report)),
+            measure,
+            self.map(measure, key, (None, report)),
             gr.Dropdown(choices=choices, value=key),
             gr.Dropdown(choices=choices, value=key),
+            HEAD_MEASURE,
             self.head_map(HEAD_MEASURE, head, (None, report)),
             gr.Dropdown(choices=heads, value=head),
             table(report),
@@ -207,8 +212,8 @@ class Actions:
         self, base: str, base_revision: str, tuned: str, tuned_revision: str, request: gr.Request,
         token: gr.OAuthToken | None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        """(status, comparison, text, map, pair, what shows them)."""
-        nothing = (gr.skip(),) * 5
+        """(status, comparison, text, measure, map, pair, what shows them)."""
+        nothing = (gr.skip(),) * 6
         yield fragments.say("Looking up both models …"), *nothing
         try:
             sides = self.service.look(base, base_revision, token), self.service.look(tuned, tuned_revision, token)
@@ -226,12 +231,13 @@ class Actions:
             return
         choices = [(interactive.title(m), interactive.matrix_key(m)) for m in found.matrices]
         first = next((key for _, key in choices), None)
-        told = fragments.say(f"{len(found.matrices):,} matrices compared.")
+        told, measure = fragments.say(f"{len(found.matrices):,} matrices compared."), next(iter(interactive.CHANGES))
         yield (
             told,
             found,
             interactive.changes(found),
-            self.change_map(next(iter(interactive.CHANGES)), first, found),
+            measure,
+            self.change_map(measure, first, found),
             gr.Dropdown(choices=choices, value=first),
             gr.Column(visible=True),
         )
@@ -244,7 +250,7 @@ class Actions:
         if wanted.get("tab") == "compare" and wanted.get("tuned"):
             yield from self.compare(base, base_revision, tuned, tuned_revision, request, token)
         else:
-            yield (gr.skip(),) * 6
+            yield (gr.skip(),) * 7
 
     def change_map(self, measure: str, key: str | None, found: Any) -> str:
         """The map of what changed."""
@@ -292,7 +298,7 @@ class Actions:
     def stop(self, request: gr.Request) -> str:
         """End what runs for this visitor."""
         self.service.jobs.stop(session_of(request))
-        return fragments.say("Stopped. What is finished is kept: Analyze goes on from there.")
+        return fragments.say("Stopped. Analyze starts again, from what a public safetensors model has finished.")
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed."""
@@ -323,7 +329,7 @@ class Actions:
         return shown and parcel(f"{file_name(shown)}.html", "text/html", shown[1].page().encode())
 
 
-RENDERED = 10
+RENDERED = 12
 
 
 def folded(planned: str) -> str:

@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("worker.py")
 GIB = 2**30
 LONGEST_LINE = 64  # requests, before one is asked to come back
 LOOK_AGAIN = 0.3  # seconds between two looks at the line
-STOPPED = "It was stopped; what was finished is kept."
+STOPPED = "It was stopped; ask again to go on."
 KEPT_ENVIRONMENT = {
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

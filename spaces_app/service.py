@@ -14,7 +14,7 @@ import lmd_hf
 
 
 Event = tuple[str, Any]
-SIZE_OF_PARTS = 2**18  # bytes that a plan, a head's tokens or the factors of a matrix take, about
+SIZE_OF_PARTS = 2**21  # bytes that a plan, a head's tokens or the factors of a matrix take at most, about
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ NAMES = ("Overview", "Map", "Spectrum", "Heads", "Factors", "Compare", "Table", 
 ONE_HOUR = 3600
 SIGN_IN = os.environ.get("SYSTEM") == "spaces" and "OAUTH_CLIENT_ID" in os.environ
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+# fewer than app.THREADS, so that whoever waits for another's result leaves that one a thread to make it; more than
+# jobs.LONGEST_LINE, which turns the rest away
+WORK: dict[str, Any] = {"concurrency_limit": 90, "concurrency_id": "work"}
 QUICK: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 
 
@@ -44,13 +47,13 @@ def style() -> str:
 
 def build(service: Service) -> gr.Blocks:
     """The whole page, with its endpoints."""
-    act, heavy = Actions(service), {**PRIVATE, "concurrency_limit": None}  # the workers have a line of their own
+    act, heavy = Actions(service), {**PRIVATE, **WORK}
     known = service.catalogue.suggest()
     measures, changes = list(lmd_hf.interactive.MEASURES), list(lmd_hf.interactive.CHANGES)
     with gr.Blocks(title="Inside a model’s weights", analytics_enabled=False) as page:
         # first, for they are to have these very names: a handler of the page that is called so too gets a number
         for name, answer in Endpoints(service).all().items():
-            gr.api(answer, api_name=name, concurrency_limit=None)
+            gr.api(answer, api_name=name, **WORK)
         shown, wanted = gr.State(None, time_to_live=ONE_HOUR), gr.State({}, time_to_live=ONE_HOUR)
         compared, taken = gr.State(None, time_to_live=ONE_HOUR), gr.State(None, time_to_live=ONE_HOUR)
         parcel = gr.JSON(visible=False)
@@ -156,7 +159,7 @@ def build(service: Service) -> gr.Blocks:
                 )
         gr.HTML(fragments.FOOTER)
 
-        rendered = [overview, plane, grid, matrix, piece, head_grid, head, table, words, card]
+        rendered = [overview, plane, measure, grid, matrix, piece, head_measure, head_grid, head, table, words, card]
         figures, head_parts = [facts, lines, bulk, energy], [head_facts, circuits, tokens]
         request = [model, revision, wanted]
         steps: Sequence[Any] = (
@@ -191,7 +194,7 @@ def build(service: Service) -> gr.Blocks:
             act.plan, [model, revision], [status, planned], show_progress="minimal", show_progress_on=status, **heavy
         )
         sides = [base, base_revision, tuned, tuned_revision]
-        beside_outputs = [compare_status, compared, difference, change_grid, pair, changed]
+        beside_outputs = [compare_status, compared, difference, change_measure, change_grid, pair, changed]
         looks: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": compare_status, **heavy}
         differ = beside.click(act.compare, sides, beside_outputs, **looks)
         linked = steps[0].then(act.wanted_compare, [*sides, wanted], beside_outputs, **looks)

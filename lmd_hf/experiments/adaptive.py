@@ -147,7 +147,7 @@ def _trained(case: tuple[Task, str, Task], *, steps: int) -> Trained:
         model.set_submodule(path, plain(layer))
     with torch.no_grad():
         loss = task.held_out(model).item()
-    return loss, _size(model), ranks, {path: plain(layer).rank for path, layer in layers.items()}
+    return loss, _size(model), ranks, {path: len(latent_spectrum(layer)) for path, layer in layers.items()}
 
 
 def _trial(kinds: Sequence[Trained]) -> Trial:

@@ -88,20 +88,23 @@ def draft(card: str | None, report: "Report", *, weights: str = "local") -> Draf
 @dataclass(frozen=True)
 class Begun:
     """A repository before the analysis: what was seen there, what may be done, and the headers of its weights, `None`
-    where nothing may."""
+    where nothing may, or need be read."""
 
     look: Look
     early: Decision
     source: FileSource | None
 
 
-def begin(model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None) -> Begun:
-    """All that comes before the weights themselves, from the Hub alone. Raises what `annotate` does."""
+def begin(
+    model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None, known: str | None = None
+) -> Begun:
+    """All that comes before the weights themselves, from the Hub alone; nothing is opened at the commit `known`, whose
+    report is there. Raises what `annotate` does."""
     look = _look(_api(token), model, how)
     if how != "dry" and look.me is None:
         raise SettingsError(f"{model}: writing needs a token with write access; `hf auth login`")
     early = decide(look, {"weights": look.weights, "lmd_hf": __version__}, force=force)
-    if early.action == "nothing":
+    if early.action == "nothing" or look.commit == known:
         return Begun(look, early, None)
     source = open_source(model, revision=look.commit, token=token)
     assert isinstance(source, FileSource), "a repository has files"
@@ -126,11 +129,13 @@ def annotate(
     mend, `SettingsError` without a token where one is needed.
     """
     api = _api(token)
-    begun = begun or begin(model, how=how, force=force, token=token)
+    known = None if report is None else report.model.commit
+    begun = begun or begin(model, how=how, force=force, token=token, known=known)
     look = begun.look
-    if begun.source is None:
+    if begun.early.action == "nothing":
         return Outcome(model, "left", begun.early.reason)
-    if report is None or report.model.commit != look.commit:
+    if report is None or known != look.commit:
+        assert begun.source is not None, "opened, unless a report of this commit is there"
         report = analyze_one(begun.source, Request(Settings(heads=True)), World(), None)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")

@@ -48,6 +48,8 @@ def exact(w_OI: Float[Tensor, "O I"], *, gram: Float[Tensor, "k k"] | None = Non
     with room to spare on every case of `tests/matrix/test_kernels.py`; the provable constants grow with k and are far
     too large to be of use.
 
+    `gram` is G where it is known already, its lower triangle at least, of a W that is not float64 (such a W is scaled).
+
     Raises `ValueError` if W has no entries or holds NaN or infinity.
     """
     if w_OI.numel() == 0:

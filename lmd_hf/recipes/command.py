@@ -78,7 +78,10 @@ def lora_command(options: argparse.Namespace) -> None:
     told = recipe.to_dict()
     _write(options, told)
     if options.json:
-        facts = {"trainable_parameters": recipe.parameters, "budget": recipe.budget, "left_out": recipe.left_out}
+        facts = {
+            "source": recipe.source, "trainable_parameters": recipe.parameters, "budget": recipe.budget,
+            "left_out": recipe.left_out,
+        }  # fmt: skip
         print(json.dumps(told | {"lmd": facts}, indent=2))
         return
     if not options.quiet:

@@ -42,6 +42,12 @@ class Module:
         """Parameters of one rank: out + in."""
         return sum(self.shape)
 
+    @property
+    def energy(self) -> float:
+        """Σσ², with the part that a sketch knows by its sum alone."""
+        whole = sum(row.frobenius_norm**2 for row in self.rows if isinstance(row, MatrixReport))
+        return max(whole, float((self.values**2).sum()))
+
 
 def modules_of(
     report: Report | Comparison, roles: Iterable[str] = (), names: Mapping[str, str] | None = None

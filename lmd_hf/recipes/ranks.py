@@ -15,15 +15,15 @@ from lmd_hf.recipes.modules import Module
 def shares(module: Module, *, relative: bool) -> np.ndarray:
     """What each further rank adds: σ², as a share of the module's own Σσ² where `relative`."""
     energies = module.values**2
-    total = energies.sum() if relative else 1.0
+    total = module.energy if relative else 1.0
     return energies / total if total > 0 else energies
 
 
 def by_budget(modules: Sequence[Module], budget: int, *, relative: bool) -> dict[str, int]:
     """{module: rank}, at least 1 each: the next rank always goes where it adds most for each parameter that it costs.
 
-    Gains fall with the rank, so this maximises the sum of what is added among allocations of the same cost. What does
-    not fit is passed over, and what remains is less than one rank of any module that could take one more. Raises
+    Gains fall with the rank, so no allocation of the same cost adds more as long as every next rank fits. What does not
+    fit is passed over, and what remains is less than one rank of any module that could take one more. Raises
     `SettingsError` where the budget is below one rank for each module.
     """
     least = sum(module.unit for module in modules)
@@ -61,5 +61,5 @@ def by_energy(modules: Sequence[Module], energy: float) -> dict[str, int]:
 
 
 def _gain(shares_r: np.ndarray, rank: int, unit: int) -> float:
-    """What one rank more adds for each parameter; of a sketch, beyond what is known, as much as the last known."""
-    return float(shares_r[min(rank, len(shares_r) - 1)]) / unit
+    """What one rank more adds for each parameter."""
+    return float(shares_r[rank]) / unit

@@ -37,6 +37,7 @@ __all__ = [
     "circuit",
     "density",
     "energy",
+    "energy_shares",
     "head_grid",
     "head_key",
     "head_title",
@@ -101,15 +102,21 @@ def density(matrix: MatrixReport) -> go.Figure | None:
     return figure
 
 
-def energy(matrix: MatrixReport) -> go.Figure:
-    """Σσ² of the leading i singular values as a share of all, with the cut at n'."""
+def energy_shares(matrix: MatrixReport) -> np.ndarray:
+    """Σσ² of the leading i singular values as a share of all."""
     ranks, values = np.array(_ranks(matrix), dtype=float), matrix.singular_values**2
     steps = np.diff(ranks, prepend=0.0)  # of a thinned spectrum each value stands for those before it
-    shares = np.cumsum(steps * values) / max(float((steps * values).sum()), 1e-300)
     if matrix.intervals is not None and matrix.frobenius_norm:
-        shares = np.cumsum(steps * values) / matrix.frobenius_norm**2
+        return np.cumsum(steps * values) / matrix.frobenius_norm**2
+    return np.cumsum(steps * values) / max(float((steps * values).sum()), 1e-300)
+
+
+def energy(matrix: MatrixReport) -> go.Figure:
+    """Σσ² of the leading i singular values as a share of all, with the cut at n'."""
     figure = _figure("i", "share of the energy")
-    figure.add_scatter(x=ranks, y=shares, mode="lines", name="energy", line={"color": SIGNAL, "width": 2.5})
+    figure.add_scatter(
+        x=_ranks(matrix), y=energy_shares(matrix), mode="lines", name="energy", line={"color": SIGNAL, "width": 2.5}
+    )
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
     if matrix.latent_dim:
         _cut(figure, matrix.latent_dim)

@@ -60,13 +60,12 @@ def page(report: "Report") -> str:
 
 def _spectrum(matrix: MatrixReport) -> dict[str, Any]:
     ranks = np.array(matrix.singular_value_ranks or range(1, len(matrix.singular_values) + 1))
-    energy = interactive.energy(matrix).data[0]
     kept = np.unique(np.linspace(0, len(ranks) - 1, min(POINTS, len(ranks))).round().astype(int))
     return {
         "title": interactive.title(matrix),
         "ranks": ranks[kept].tolist(),
         "values": _round(matrix.singular_values[kept]),
-        "energy": _round(np.array(energy.y)[kept]),
+        "energy": _round(interactive.energy_shares(matrix)[kept]),
         "edge": matrix.mp_edge if matrix.metric == "identity" else None,
         "cut": matrix.latent_dim,
         "told": f"{matrix.shape[0]:,} × {matrix.shape[1]:,}; " + ", ".join(

@@ -24,15 +24,12 @@ Shards = tuple[tuple[int, ...], ...]
 Pieces = tuple[tuple[Piece, ...], ...]
 
 
-@dataclass
+@dataclass(order=True)
 class _Level:
     """What a rank has to do so far; ranks compare by load."""
 
     load: float
     rank: int
-
-    def __lt__(self, other: "_Level") -> bool:
-        return (self.load, self.rank) < (other.load, other.rank)
 
 
 def share_out(works: Sequence[Work], settings: Settings, ranks: int) -> tuple[Shards, Pieces]:

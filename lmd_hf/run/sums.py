@@ -72,9 +72,8 @@ def shared_sums(
     owners = {index: rank for rank, indices in enumerate(world.gather(owned)) for index in indices}
     kept: dict[Piece, Tensor | None] = {}
     sending: list[tuple[Any, Tensor]] = []  # with what is sent, which must live until it has arrived
-    for piece in sorted(plan.pieces[world.rank], key=lambda piece: _turn(piece, plan, owners)):
-        if piece.work not in owners:
-            continue
+    wanted = [piece for piece in plan.pieces[world.rank] if piece.work in owners]
+    for piece in sorted(wanted, key=lambda piece: _turn(piece, plan, owners)):
         part = _summed(plan.works[piece.work], piece, source, device)
         if owners[piece.work] == world.rank:
             kept[piece] = part
@@ -89,8 +88,7 @@ def shared_sums(
 
 def _turn(piece: Piece, plan: Plan, owners: dict[int, int]) -> tuple[int, int]:
     """When a piece is sent: as its owner asks for it."""
-    owner = owners.get(piece.work)
-    return (-1 if owner is None else plan.shards[owner].index(piece.work)), piece.start
+    return plan.shards[owners[piece.work]].index(piece.work), piece.start
 
 
 def _summed(work: Work, piece: Piece, source: Source, device: torch.device) -> Tensor | None:

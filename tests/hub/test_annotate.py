@@ -8,6 +8,7 @@ import time
 import pytest
 from huggingface_hub import HfApi
 
+import lmd_hf
 from lmd_hf.errors import FormatError, LmdError, SettingsError, SourceError
 from lmd_hf.hub import repository, section
 from lmd_hf.hub.annotate import FIGURE, SUMMARY, annotate
@@ -249,3 +250,14 @@ def test_no_token_is_ever_shown(hub, model, capsys, caplog):
         annotate(model, how="pull", token=TOKEN)
     shown = capsys.readouterr()
     assert TOKEN not in str(failed.value) + shown.out + shown.err + caplog.text
+
+
+def test_a_report_of_this_commit_is_written_without_a_look_at_the_weights(hub, save):
+    name = "org/known"
+    files = {path.name: path.read_bytes() for path in save("llama").iterdir()}
+    hub.add(name, {**files, "README.md": b"# known\n"})
+    report = lmd_hf.analyze(name, heads=True, token="hf_test_token")
+    before = len(hub.requests)
+    outcome = lmd_hf.annotate(name, how="pull", token="hf_test_token", report=report)
+    assert outcome.status == "written"
+    assert not any(path.endswith("model.safetensors") for _, path, _ in hub.requests[before:])

@@ -1,5 +1,6 @@
 """LoRA recipes: peft takes them as they are, budgets are kept, names match one module each."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,8 +54,16 @@ def test_the_dictionary_is_an_adapter_config(save, tmp_path):
     assert any("c_attn" in name for name in recipe.ranks)  # the fused module once, not q, k and v
 
 
-def module(name, values, shape=(8, 8), most=None):
-    return Module(name, "q", 0, shape, np.array(values, dtype=float), most or len(values), ())
+def module(name, values, shape=(8, 8), rows=()):
+    return Module(name, "q", 0, shape, np.array(values, dtype=float), len(values), rows)
+
+
+def test_of_a_sketch_the_energy_beyond_its_leading_values_counts(save):
+    row = dataclasses.replace(analyze(save("llama")).matrices[0], frobenius_norm=10.0)
+    sketched = module("a", [4, 3, 0], rows=(row,))  # 25 of 100
+    assert by_energy([sketched], 0.16) == {"a": 1}
+    assert by_energy([sketched], 0.2) == {"a": 2}
+    assert by_energy([sketched], 0.64) == {"a": 3}  # as much as is known
 
 
 def test_the_next_rank_goes_where_it_adds_most():
@@ -92,7 +101,7 @@ def test_no_other_ranks_of_that_cost_hold_more(budget):
 
 
 def test_energy():
-    assert by_energy([module("a", [3, 4, 0][::-1] and [4, 3, 0])], 0.64) == {"a": 1}
+    assert by_energy([module("a", [4, 3, 0])], 0.64) == {"a": 1}
     assert by_energy([module("a", [4, 3, 0])], 0.65) == {"a": 2}
     for energy in (0, -0.1, 1.01, float("nan")):
         with pytest.raises(SettingsError, match="energy is"):
