@@ -181,12 +181,13 @@ def _compared(before: Source, source: Source, request: Request, world: World) ->
 def _heads(inventory: Inventory, source: Source, settings: Settings, world: World) -> Heads:
     """The Hopfield reading of heads and MLPs, where it is asked for."""
     folded = settings.metric == "norm"
-    heads = measure_heads(plan_heads(inventory, settings), source, folded=folded, world=world)
+    device, planned = settings.device, plan_heads(inventory, settings)
+    heads = measure_heads(planned, source, folded=folded, device=device, world=world)
     mlps, notes = measure_mlps(plan_mlps(inventory, settings), source, folded=folded, world=world)
     heads = replace(heads, mlps=mlps, notes=(*heads.notes, *notes))
     if settings.data is None:
         return heads
-    return with_focus(heads, source, settings.data, device=settings.device, world=world)
+    return with_focus(heads, source, settings.data, device=device, world=world)
 
 
 def _ahead(

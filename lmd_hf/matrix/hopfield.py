@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lmd_hf.matrix.kernels import thin
+from lmd_hf.matrix.kernels import of_triangles, triangles
 from lmd_hf.records import Factored
 
 
@@ -35,6 +35,18 @@ class Circuit:
     error_bound: float
 
 
+@dataclass(frozen=True)
+class Core:
+    """What is left of s·L·R once its long sides are gone, all float64 on the CPU: A (d × d) and B of L = Q₁A and
+    Rᵀ = Q₂B, so that s·A·Bᵀ has its singular values, and s·R·L (d × d), which has its eigenvalues that differ from 0,
+    `None` where it maps between different streams."""
+
+    a: Float[Tensor, "_ d"]
+    b: Float[Tensor, "_ d"]
+    scale: float
+    inner: Float[Tensor, "d d"] | None
+
+
 def qk_circuit(w_q_DI: Float[Tensor, "D I"], w_k_DJ: Float[Tensor, "D J"], scale: float) -> Factored:
     """B = s·W_Kᵀ W_Q as a product of its thin factors."""
     return Factored(w_k_DJ.T, w_q_DI, scale)
@@ -48,7 +60,7 @@ def ov_circuit(w_o_OE: Float[Tensor, "O E"], w_v_EJ: Float[Tensor, "E J"]) -> Fa
 def fold(w_OI: Float[Tensor, "O I"], gain_I: Float[Tensor, " I"] | None) -> Float[Tensor, "O I"]:
     """W·diag(γ), float64: W as it acts on a normalised stream; W itself without a gain."""
     w_OI = w_OI.to(torch.float64)
-    return w_OI if gain_I is None else w_OI * gain_I.to(torch.float64)
+    return w_OI if gain_I is None else w_OI * gain_I.to(w_OI)
 
 
 def read_circuit(product: Factored, *, one_stream: bool) -> Circuit:
@@ -61,17 +73,29 @@ def read_circuit(product: Factored, *, one_stream: bool) -> Circuit:
     an auto-associative memory; of OV, the second is the copying score. Raises `ValueError` for NaN, infinity, empty
     factors, and `one_stream` where B is not square.
     """
-    spectrum = thin(product)
-    values = spectrum.values
-    energy = float((values**2).sum())
-    if not one_stream or energy == 0:
-        return Circuit(values, None, None, spectrum.error_bound)
+    return read_core(core_of(product, one_stream=one_stream))
+
+
+def core_of(product: Factored, *, one_stream: bool) -> Core:
+    """The core of B = s·L·R, the triangles by Householder's QR on the CPU. Raises as `read_circuit` does."""
+    a, b = triangles(product)
+    if not one_stream:
+        return Core(a, b, product.scale, None)
     left_ND, right_DN = product.left.to(torch.float64), product.right.to(torch.float64)
     if left_ND.shape[0] != right_DN.shape[1]:
         raise ValueError(f"a map from {right_DN.shape[1]} to {left_ND.shape[0]} dimensions is not of one stream")
-    core_DD = product.scale * (right_DN @ left_ND)
-    trace = float((core_DD * core_DD.T).sum())  # tr(RL·RL) = tr B²
-    eigenvalues = torch.linalg.eigvals(core_DD)
+    return Core(a, b, product.scale, product.scale * (right_DN @ left_ND))
+
+
+def read_core(core: Core) -> Circuit:
+    """What `read_circuit` gives, from the core."""
+    spectrum = of_triangles(core.a, core.b, core.scale)
+    values = spectrum.values
+    energy = float((values**2).sum())
+    if core.inner is None or energy == 0:
+        return Circuit(values, None, None, spectrum.error_bound)
+    trace = float((core.inner * core.inner.T).sum())  # tr(RL·RL) = tr B²
+    eigenvalues = torch.linalg.eigvals(core.inner)
     size = float(eigenvalues.abs().sum())
     score = float(eigenvalues.real.sum()) / size if size > 0 else None
     return Circuit(values, min(max((1 + trace / energy) / 2, 0.0), 1.0), score, spectrum.error_bound)

@@ -33,6 +33,7 @@ RITZ_CUT = (
     1 / 2000
 )  # values below RITZ_CUT · σ₁ are refined: there the Gram route still has 9 digits, so the cut is safe
 SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
+UNFIT = "the factors hold NaN or infinity"
 TALL = 2  # so does taking all eigenvectors, unless W is more than twice as long as wide
 
 
@@ -81,16 +82,25 @@ def thin(product: Factored) -> Spectrum:
     (Higham 2002, §19.3): σᵢ has an absolute error of some u·√r·‖A‖₂·‖B‖₂·s, with the constant 8 as in `exact`. Raises
     `ValueError` for NaN, infinity and empty factors.
     """
+    return of_triangles(*triangles(product), product.scale)
+
+
+def triangles(product: Factored) -> tuple[Tensor, Tensor]:
+    """A and B of `thin`, on the CPU. Raises `ValueError` as it does."""
     left_OR, right_IR = product.left.cpu().to(torch.float64), product.right.cpu().to(torch.float64).T
     if left_OR.numel() == 0 or right_IR.numel() == 0:
         raise ValueError(f"empty factors of shape {tuple(left_OR.shape)} and {tuple(right_IR.T.shape)}")
     if not (torch.isfinite(left_OR).all() and torch.isfinite(right_IR).all()):
-        raise ValueError("the factors hold NaN or infinity")
-    a, b = torch.linalg.qr(left_OR, mode="r").R, torch.linalg.qr(right_IR, mode="r").R
-    values = _singular_values(a @ b.T) * abs(product.scale)
+        raise ValueError(UNFIT)
+    return torch.linalg.qr(left_OR, mode="r").R, torch.linalg.qr(right_IR, mode="r").R
+
+
+def of_triangles(a: Tensor, b: Tensor, scale: float) -> Spectrum:
+    """The singular values of s·A·Bᵀ, with the bound of `thin`."""
+    values = _singular_values(a @ b.T) * abs(scale)
     if values[0] == 0:
         return Spectrum(values, 0.0, "qr")
-    sizes = _singular_values(a)[0].item() * _singular_values(b)[0].item() * abs(product.scale)
+    sizes = _singular_values(a)[0].item() * _singular_values(b)[0].item() * abs(scale)
     smallest = values[values > FLOOR * values[0]][-1].item()
     return Spectrum(values, 8 * UNIT_ROUNDOFF * math.sqrt(len(values)) * sizes / smallest, "qr")
 

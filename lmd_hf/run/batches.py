@@ -86,6 +86,7 @@ def load_batches(model: nn.Module, place: Origin, data: Data) -> Batches:
     order = sorted((i for i, ids in enumerate(sequences) if ids), key=lambda i: (len(sequences[i]), i))
     if not order:
         raise SettingsError(f"{data.dataset}: the dataset is empty; its column '{column}' gives no token")
+    _check_ids(model, sequences, data.dataset)
     build = _text_builder(model, [sequences[i] for i in order], pad)
     if with_images:
         build = _both(build, _images(rows, [chosen[i] for i in order], with_images[0], place))
@@ -190,11 +191,23 @@ def _listed(columns: dict[str, Any]) -> str:
 
 
 def _check_length(model: nn.Module, seq_len: int) -> None:
-    config: Any = getattr(model, "config", None)
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(inner, "max_position_embeddings", None)
+    positions = getattr(_text_config(model), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < seq_len:
         raise _too_long(seq_len, positions)
+
+
+def _check_ids(model: nn.Module, sequences: list[list[int]], dataset: str) -> None:
+    """On a GPU an id that the model does not have would end the process."""
+    known = getattr(_text_config(model), "vocab_size", None)
+    lowest, highest = (pick(pick(ids) for ids in sequences if ids) for pick in (min, max))
+    if isinstance(known, int) and not 0 <= lowest <= highest < known:
+        told = f"{dataset}: token {lowest if lowest < 0 else highest} is none of the model's {known:,}"
+        raise SettingsError(f"{told}; take a dataset that its own tokenizer has made, or one of text")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _too_long(seq_len: int, positions: int) -> SettingsError:
@@ -204,7 +217,10 @@ def _too_long(seq_len: int, positions: int) -> SettingsError:
 def _images(rows: Any, chosen: list[int], column: str, place: Origin) -> Build:
     from transformers import AutoImageProcessor
 
-    processor = place.load(AutoImageProcessor.from_pretrained, trust_remote_code=False)
+    # the name itself may be a stand-in that asks for torchvision
+    processor = place.load(
+        lambda *args, **more: AutoImageProcessor.from_pretrained(*args, **more), trust_remote_code=False
+    )
 
     def build(indices: Sequence[int]) -> Batch:
         pictures = [rows[chosen[i]][column].convert("RGB") for i in indices]

@@ -26,14 +26,12 @@ from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
 from lmd_hf.run.shares import batched
 from lmd_hf.run.sums import Sums, shared_sums
-from lmd_hf.run.workers import pick_devices, upload, worker_count, worker_pool
+from lmd_hf.run.workers import BATCHED_ON, pick_devices, upload, worker_count, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.source import FileSource, Source
 from lmd_hf.weights.stored import Stored, read_stored
 
-
-BATCHED_ON = ("cuda",)  # on a CPU a core is filled by one matrix
 
 T = TypeVar("T")
 Outcome = MatrixReport | tuple[Skipped, ...] | Alias

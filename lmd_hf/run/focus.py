@@ -92,8 +92,8 @@ def _counted(
     place = origin(source)
     model = load_model(source, place, device)
     with _eager(model) as problem:
-        pass
-    if problem and source.module is None:  # some choose how they attend when they are made
+        throughout = _is_eager(model)
+    if (problem or not throughout) and source.module is None:  # some choose how they attend when they are made
         model = load_again(source, replace(place, options={**place.options, **EAGER}), device)
     batches = load_batches(model, place, data)
     attentions = {}
@@ -109,6 +109,12 @@ def _counted(
                     attention.seen = False
                 forward(model, batch, output_attentions=True)
     return {name: counts for name, a in attentions.items() if (counts := a.counted()) is not None}, ""
+
+
+def _is_eager(model: nn.Module) -> bool:
+    """Whether all parts of the model are; T5's decoder, for one, has had a configuration of its own."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return all(getattr(config, "_attn_implementation", "eager") == "eager" for config in configs)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The Hopfield reading of every attention head, one attention at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lmd_hf.circuits import HeadRef, HeadReport, HeadRows, Heads
 from lmd_hf.errors import FormatError, NoDataError, SourceError
+from lmd_hf.matrix.batched import cores_each
 from lmd_hf.matrix.capacity import head_capacity_log10
 from lmd_hf.matrix.dimension import participation_ratio
-from lmd_hf.matrix.hopfield import fold, ov_circuit, qk_circuit, read_circuit, token_norm
+from lmd_hf.matrix.hopfield import Core, core_of, fold, ov_circuit, qk_circuit, read_core, token_norm
 from lmd_hf.records import UNREAD, MatrixRef
-from lmd_hf.run.workers import count_workers, single_torch_threads, worker_pool
+from lmd_hf.run.workers import BATCHED_ON, count_workers, fitting, pick_device, single_torch_threads, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.heads import head_matrices
 from lmd_hf.weights.source import Source
@@ -46,15 +47,29 @@ class Factors:
     w_o_OE: Tensor
 
 
-def measure_heads(heads: tuple[HeadRef, ...], source: Source, *, folded: bool, world: World | None = None) -> Heads:
+@dataclass(frozen=True)
+class Cores:
+    """What is read of a head once its long sides are gone; norms are ‖W_Q‖_F and ‖W_K‖_F as the model has them."""
+
+    qk: Core
+    ov: Core
+    query_norm: float
+    key_norm: float
+
+
+def measure_heads(
+    heads: tuple[HeadRef, ...], source: Source, *, folded: bool, device: str = "cpu", world: World | None = None
+) -> Heads:
     """A row for each head, in their order, the same on every rank; `folded`: with the gains of the norms before them.
 
     Each rank takes every `world.size`-th attention, and its threads one after the other; what is read is let go before
-    the next. In float64 on the CPU. A head that cannot be done (NaN, no data, bytes that do not come) is a note.
+    the next. In float64: on a GPU the long sides of all heads of an attention at once, and what is left of each, d × d,
+    on the CPU. A head that cannot be done (NaN, no data, bytes that do not come) is a note.
     """
     world = world or World()
+    where = pick_device(device)
     attentions = [tuple(group) for _, group in groupby(heads, key=lambda head: head.o.ref)]
-    done = world.shared_out(attentions, lambda mine: _measured(mine, source, folded))
+    done = world.shared_out(attentions, lambda mine: _measured(mine, source, folded, where))
     outcomes = [outcome for attention in done for outcome in attention]
     return Heads(
         tuple(outcome for outcome in outcomes if isinstance(outcome, HeadReport)),
@@ -62,16 +77,21 @@ def measure_heads(heads: tuple[HeadRef, ...], source: Source, *, folded: bool, w
     )
 
 
-def _measured(attentions: list[Attention], source: Source, folded: bool) -> list[list[Outcome]]:
+def _measured(attentions: list[Attention], source: Source, folded: bool, device: torch.device) -> list[list[Outcome]]:
     """One attention after the other, its heads shared out to the threads."""
-    needed = [sum(3 * 8 * sum(rows.stop - rows.start for rows in (*h.q, *h.k)) * h.o.ref.shape[0] for h in heads[:1])
-              for heads in attentions]  # fmt: skip
-    workers = max(1, count_workers(needed, torch.device("cpu")))
+    workers = count_workers([_bytes(heads[0]) for heads in attentions], torch.device("cpu"))
     with single_torch_threads(), worker_pool(workers, sum(map(len, attentions))) as pool:
-        return [_attention(heads, source, folded, pool) for heads in attentions]
+        return [_attention(heads, source, folded, device, pool) for heads in attentions]
 
 
-def _attention(heads: Attention, source: Source, folded: bool, pool: ThreadPoolExecutor) -> list[Outcome]:
+def _bytes(head: HeadRef) -> int:
+    """What the cores of a head take while they are made."""
+    return sum(3 * 8 * (rows.stop - rows.start) * head.o.ref.shape[0] for rows in (*head.q, *head.k))
+
+
+def _attention(
+    heads: Attention, source: Source, folded: bool, device: torch.device, pool: ThreadPoolExecutor
+) -> list[Outcome]:
     """The rows of all heads of one attention, or why there are none."""
     try:
         matrices = read_matrices(heads[0], source)
@@ -79,7 +99,14 @@ def _attention(heads: Attention, source: Source, folded: bool, pool: ThreadPoolE
         return [f"heads of '{heads[0].name}' {UNREAD}: {error}"]
     except (NoDataError, ValueError) as error:
         return [f"heads of '{heads[0].name}' left out: {error}"]
-    return list(pool.map(lambda head: _row(head, matrices, folded), heads))
+    if device.type not in BATCHED_ON:
+        return list(pool.map(lambda head: _row(head, _cores(head, matrices, folded), folded), heads))
+    there = {ref: replace(read, matrix=read.matrix.to(device)) for ref, read in matrices.items()}
+    size = fitting([_bytes(head) for head in heads], len(heads), device)
+    cores = [
+        each for start in range(0, len(heads), size) for each in _cores_each(heads[start : start + size], there, folded)
+    ]
+    return list(pool.map(lambda head, each: _row(head, each, folded), heads, cores))
 
 
 def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
@@ -115,15 +142,47 @@ def _share(rows: HeadRows, matrices: Matrices, folded: bool) -> Tensor:
     return w if rows.after is None else w @ _share(rows.after, matrices, folded)
 
 
-def _row(head: HeadRef, matrices: Matrices, folded: bool) -> Outcome:
+def _cores(head: HeadRef, matrices: Matrices, folded: bool) -> Cores | ValueError:
+    """Of one head, on the CPU."""
     used = factors_of(head, matrices, folded=folded)
-    one_stream = head.block == "attention" and used.w_q_DI.shape[1] == used.w_k_DJ.shape[1] == used.w_o_OE.shape[0]
+    one_stream = _is_of_one_stream(head, used)
     try:
-        qk = read_circuit(qk_circuit(used.w_q_DI, used.w_k_DJ, head.scale), one_stream=one_stream)
-        ov = read_circuit(ov_circuit(used.w_o_OE, used.w_v_EJ), one_stream=one_stream)
+        qk = core_of(qk_circuit(used.w_q_DI, used.w_k_DJ, head.scale), one_stream=one_stream)
+        ov = core_of(ov_circuit(used.w_o_OE, used.w_v_EJ), one_stream=one_stream)
     except ValueError as error:
-        return f"head {head.head} of '{head.name}' left out: {error}"
-    w_q, w_k = (used.w_q_DI, used.w_k_DJ) if folded else _asked_and_found(head, matrices, True)  # as the model has them
+        return error
+    return Cores(qk, ov, *_norms(head, used, matrices, folded))
+
+
+def _cores_each(heads: Sequence[HeadRef], matrices: Matrices, folded: bool) -> list[Cores | ValueError]:
+    """Of several heads of one attention, which have one shape, on the device that the matrices are on."""
+    used = [factors_of(head, matrices, folded=folded) for head in heads]
+    one_stream = _is_of_one_stream(heads[0], used[0])
+    pairs = list(zip(heads, used, strict=True))
+    qk = cores_each([qk_circuit(u.w_q_DI, u.w_k_DJ, head.scale) for head, u in pairs], one_stream=one_stream)
+    ov = cores_each([ov_circuit(u.w_o_OE, u.w_v_EJ) for u in used], one_stream=one_stream)
+    return [
+        Cores(asked, written, *_norms(head, u, matrices, folded))
+        if isinstance(asked, Core) and isinstance(written, Core)
+        else next(each for each in (asked, written) if isinstance(each, ValueError))
+        for (head, u), asked, written in zip(pairs, qk, ov, strict=True)
+    ]
+
+
+def _is_of_one_stream(head: HeadRef, used: Factors) -> bool:
+    return head.block == "attention" and used.w_q_DI.shape[1] == used.w_k_DJ.shape[1] == used.w_o_OE.shape[0]
+
+
+def _norms(head: HeadRef, used: Factors, matrices: Matrices, folded: bool) -> tuple[float, float]:
+    """‖W_Q‖_F and ‖W_K‖_F with the gains before them, as the model has them."""
+    w_q, w_k = (used.w_q_DI, used.w_k_DJ) if folded else _asked_and_found(head, matrices, True)
+    return token_norm(w_q), token_norm(w_k)
+
+
+def _row(head: HeadRef, cores: Cores | ValueError, folded: bool) -> Outcome:
+    if isinstance(cores, ValueError):
+        return f"head {head.head} of '{head.name}' left out: {cores}"
+    qk, ov = read_core(cores.qk), read_core(cores.ov)
     ratio = participation_ratio(qk.values.numpy())
     return HeadReport(
         name=head.name,
@@ -141,7 +200,7 @@ def _row(head: HeadRef, matrices: Matrices, folded: bool) -> Outcome:
         inverse_temperature=float(qk.values[0]),
         copying_score=ov.eigenvalue_score,
         capacity_log10=head_capacity_log10(
-            ratio, scale=head.scale, query_norm=token_norm(w_q), key_norm=token_norm(w_k)
+            ratio, scale=head.scale, query_norm=cores.query_norm, key_norm=cores.key_norm
         ),
         error_bound=max(qk.error_bound, ov.error_bound),
         conventions=_conventions(head, folded),

@@ -17,7 +17,7 @@ GRAIN = 1024  # rows in a piece, at least and in steps: sending a k × k sum tak
 LEAST_FLOPS = 2e9  # of a matrix, to be cut: less than that is done before it could be shared
 CUTTABLE = ("F32", "F16", "BF16")  # float64 is scaled by its largest entry, which no piece knows
 
-BATCH_SIDE = 512  # short side up to which a GPU has room for more than one matrix: benchmarks/gpu.py measures it
+BATCH_SIDE = 128  # short side up to which many at once pay on a GPU: benchmarks/gpu.py --batches
 BATCH_BYTES = 2**28
 
 Shards = tuple[tuple[int, ...], ...]

@@ -21,6 +21,7 @@ from lmd_hf.weights.source import FileSource, Source
 MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked on at one time
 LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
 STREAMS = 4  # matrices at one time on a GPU: one is decomposed, one on its way, and two fill what small kernels leave
+BATCHED_ON = ("cuda",)  # small matrices together; on a CPU a core is filled by one matrix
 MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 
 
@@ -32,7 +33,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:  # a rank's own; worker threads would all take the first
             device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-        torch.empty(0, dtype=torch.float64, device=device)
+        # torch loads a GPU's eigensolvers at the first call, which threads must not make together
+        torch.linalg.eigvalsh(torch.zeros(1, 1, dtype=torch.float64, device=device))
     except (RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
     return device
@@ -62,16 +64,18 @@ def worker_count(works: list[Work], devices: tuple[torch.device, ...], source: S
 def count_workers(sizes: list[int], device: torch.device, limit: float = math.inf) -> int:
     """As many workers as fit of the largest jobs (bytes in memory) into what is free and below `limit`: one a core, or
     `STREAMS` on a GPU, each with a stream of its own."""
-    if device.type == "cpu":
-        room = psutil.virtual_memory().available * MEMORY_SHARE / local_processes()
-        return _fitting(sizes, _cores(), min(room, limit))
+    if device.type not in ("cpu", "cuda"):
+        return 1
+    return fitting(sizes, _cores() if device.type == "cpu" else STREAMS, device, limit)
+
+
+def fitting(sizes: list[int], most: int, device: torch.device, limit: float = math.inf) -> int:
+    """How many of the largest jobs (bytes in memory), `most` or fewer, fit into what is free and below `limit`."""
     if device.type == "cuda":
-        return _fitting(sizes, STREAMS, min(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE, limit))
-    return 1
-
-
-def _fitting(sizes: list[int], hands: int, room: float) -> int:
-    return min(hands, len(sizes), max(1, int(room // max(sizes)))) if sizes else 1
+        room = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
+    else:
+        room = psutil.virtual_memory().available * MEMORY_SHARE / local_processes()
+    return min(most, len(sizes), max(1, int(min(room, limit) // max(sizes)))) if sizes else 1
 
 
 _hand = threading.local()  # a worker thread's device
@@ -81,14 +85,17 @@ _streams = threading.local()
 def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The matrix on this worker's device, or on `device` in a thread that has none of its own, in its stored type. On a
     GPU this thread works in a stream of its own from here on, and the copy, from pinned memory, leaves the other
-    threads' kernels running."""
+    threads' kernels running; what is there already may still be written by the stream that made it."""
     device = getattr(_hand, "device", device)
     if device.type != "cuda":
         return matrix.to(device)
     if getattr(_streams, "device", None) != device:
         _streams.device, _streams.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     torch.cuda.set_stream(_streams.stream)
-    return (matrix if matrix.is_cuda else matrix.pin_memory()).to(device, non_blocking=True)
+    if matrix.is_cuda:
+        _streams.stream.wait_stream(torch.cuda.default_stream(matrix.device))
+        return matrix.to(device)
+    return matrix.pin_memory().to(device, non_blocking=True)
 
 
 def _cores() -> int:

@@ -77,7 +77,7 @@ def truncate(
     if held_out is not None and batches is not None and before is not None:
         after, tokens = mean_loss(base.model, batches)
         loss = Loss(public_name(held_out.dataset), tokens, before, after)
-    _restore_dtype(base)
+    _as_loaded(base)
     record = Truncation(
         base=base.name,
         commit=base.commit,
@@ -148,12 +148,17 @@ def _selected(found: Sequence[Axes], layers: Sequence[FactoredLayer]) -> tuple[i
     return before, before - saved
 
 
-def _restore_dtype(base: Base) -> None:
-    """The type that the model is stored in; a CPU runs it in float32 meanwhile. Buffers stay as they are."""
+def _as_loaded(base: Base) -> None:
+    """As transformers would have loaded it: on the CPU, in the type that it is stored in, buffers in their own."""
     if base.dtype is None:
         return
-    for parameter in base.model.parameters():
+    from accelerate.hooks import remove_hook_from_module
+
+    model: Any = base.model
+    remove_hook_from_module(model, recurse=True)  # accelerate's, where it ran on GPUs
+    vars(model).pop("hf_device_map", None)
+    model.to("cpu")
+    for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(base.dtype)
-    config: Any = base.model.config
-    config.dtype = base.dtype
+    model.config.dtype = base.dtype

@@ -34,7 +34,7 @@ def sentences(tmp_path_factory):
 
 def stage(save, family, sentences, **options):
     source = open_source(save(family))
-    model = load_model(source, origin(source))
+    model = load_model(source, origin(source), "cpu")
     data = Data(sentences, seq_len=12, **options)
     batches = load_batches(model, origin(source), data)
     refs = list_matrices(source).selected
@@ -156,6 +156,6 @@ def test_too_few_tokens_are_told_with_how_many_are_needed(save, sentences):
 def test_modules_that_are_shared_or_never_run_say_so(save, sentences):
     """CLIP's image side does not run on texts; the model says so itself."""
     source = open_source(save("clip"))
-    model = load_model(source, origin(source))
+    model = load_model(source, origin(source), "cpu")
     with pytest.raises(SettingsError, match="CLIPModel fails on this data"):
         find_taps(model, list_matrices(source).selected, {"input_ids": torch.arange(1, 9)[None]})

@@ -28,7 +28,7 @@ def text_file(tmp_path):
 @pytest.fixture(scope="module")
 def embedded():
     source = open_source(EMBEDDED_ID)
-    return load_model(source, origin(source)), origin(source)
+    return load_model(source, origin(source), "cpu"), origin(source)
 
 
 def ids(batches):
@@ -91,7 +91,7 @@ def test_ranks_share_whole_batches(embedded, text_file):
 
 
 def test_images_go_through_the_processor(save, tmp_path):
-    from transformers import ViTImageProcessor
+    from transformers import AutoImageProcessor, ViTImageProcessor
 
     folder = save("vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
@@ -100,8 +100,12 @@ def test_images_go_through_the_processor(save, tmp_path):
     for i in range(5):
         Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
     source = open_source(folder)
-    model = load_model(source, origin(source))
-    batches = load_batches(model, origin(source), Data(str(tmp_path / "images"), batch_size=2))
+    model, data = load_model(source, origin(source)), Data(str(tmp_path / "images"), batch_size=2)
+    if type(AutoImageProcessor).__name__ == "DummyObject":  # up to transformers 5.17, which asks for torchvision
+        with pytest.raises(SourceError, match="requires the Torchvision library"):
+            load_batches(model, origin(source), data)
+        return
+    batches = load_batches(model, origin(source), data)
     assert (batches.examples, len(batches), batches.tokens) == (5, 3, None)
     assert batches[2]["pixel_values"].shape == (1, 3, 16, 16)
     with evaluating(model):
@@ -195,3 +199,11 @@ def test_what_the_model_does_not_take_is_one_line(embedded):
     with pytest.raises(SettingsError, match="LlamaForCausalLM fails on this data") as caught:
         forward(model, {"input_ids": torch.full((1, 3), 10**6)})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [10**6, -1])
+def test_a_token_that_the_model_does_not_have_is_named(embedded, tmp_path, token):
+    path = tmp_path / "ids.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in ([1, 2], [3, token, 4])))
+    with pytest.raises(SettingsError, match=f"token {token} is none of the model's"):
+        load_batches(*embedded, Data(str(path)))

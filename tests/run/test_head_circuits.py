@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import models
+import numpy as np
 import pytest
 import torch
 import transformers as t
@@ -12,8 +13,10 @@ from test_world import TORCHRUN, launch
 
 from lmd_hf import analyze
 from lmd_hf.errors import SourceError
+from lmd_hf.matrix.batched import cores_each
 from lmd_hf.matrix.capacity import softmax_capacity_log10
 from lmd_hf.records import Settings
+from lmd_hf.run import heads as run_heads
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.plan import make_plan, plan_heads
 from lmd_hf.weights.inventory import list_matrices
@@ -172,6 +175,33 @@ def test_a_head_that_holds_nan_is_a_note(save, tmp_path):
         "head 1 of 'model.layers.1.self_attn.q_proj.weight' left out: the factors hold NaN or infinity"
         in report.coverage.notes
     )
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "latent"])
+def test_all_heads_of_an_attention_at_once_give_the_same(family, folded, monkeypatch):
+    """As on GPUs, in two parts as where memory is short; one head holds no number."""
+    model = latent() if family == "latent" else models.make(family)
+    queries = ("q_proj", "q_b_proj", "q", "c_attn")
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.split(".")[-2] in queries).view(-1)[3] = torch.nan
+    source = open_source(model)
+    planned = plan_heads(list_matrices(source), Settings(heads=True))
+    alone = measure_heads(planned, source, folded=folded)
+    sizes = []
+    monkeypatch.setattr(run_heads, "BATCHED_ON", ("cpu",))
+    monkeypatch.setattr(run_heads, "cores_each", lambda ps, **how: sizes.append(len(ps)) or cores_each(ps, **how))
+    monkeypatch.setattr(run_heads, "fitting", lambda sizes, most, device: most - 1)
+    together = measure_heads(planned, source, folded=folded)
+    assert set(sizes) == {models.HEADS - 1, 1}
+    assert together.notes == alone.notes
+    assert [note.partition(":")[2] for note in alone.notes] == [" the factors hold NaN or infinity"]
+    for found, expected in zip(together.rows, alone.rows, strict=True):
+        for key, value in vars(expected).items():
+            if isinstance(value, (float, tuple)):
+                np.testing.assert_allclose(getattr(found, key), value, rtol=1e-6, atol=1e-9, err_msg=key)
+            else:
+                assert getattr(found, key) == value
 
 
 def test_what_cannot_be_read_or_formed_is_a_note(save):

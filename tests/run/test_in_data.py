@@ -19,6 +19,7 @@ from lmd_hf.run import in_data
 from lmd_hf.weights.source import EMBEDDED_ID
 
 
+SAME = 1e-6 if torch.cuda.is_available() else 1e-9  # there the one model runs on the GPU, in float32, the other not
 SCHEMA = json.loads(resources.files("lmd_hf.report").joinpath("schema.json").read_text())
 
 
@@ -97,7 +98,7 @@ def test_a_layer_with_a_bias_is_centred(save, ids, monkeypatch):
     from lmd_hf.matrix.metrics import dense as real
 
     analyze(save("bert"), metric="data", data=settings(ids), roles=("q",), layers="0")
-    gram = seen["m"]
+    gram = seen["m"].cpu()
     assert torch.linalg.eigvalsh(gram)[0] > -1e-12
     assert report.matrices[0].data.energy == pytest.approx(
         (load_file(save("bert") / "model.safetensors")[report.matrices[0].name].double() @ gram).mul(
@@ -192,7 +193,7 @@ def test_a_live_module_is_observed_as_it_is(ids, llama):
     live = analyze(module, metric="data", data=settings(ids))
     assert module.training
     assert not any(child._forward_hooks for child in module.modules())
-    np.testing.assert_allclose(live.matrices[5].singular_values, llama.matrices[5].singular_values, rtol=1e-9)
+    np.testing.assert_allclose(live.matrices[5].singular_values, llama.matrices[5].singular_values, rtol=SAME)
 
 
 def test_a_module_that_accelerate_keeps_on_disk_runs_layer_by_layer(ids, llama, tmp_path):
@@ -205,7 +206,7 @@ def test_a_module_that_accelerate_keeps_on_disk_runs_layer_by_layer(ids, llama, 
     assert all(p.is_meta for p in module.parameters())
     for row, plain in zip(offloaded.matrices, llama.matrices, strict=True):
         assert row.metric == plain.metric
-        np.testing.assert_allclose(row.singular_values, plain.singular_values, rtol=1e-9)
+        np.testing.assert_allclose(row.singular_values, plain.singular_values, rtol=SAME)
 
 
 def test_the_embedded_model_works_with_a_text_file(text):

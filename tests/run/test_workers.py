@@ -18,10 +18,12 @@ def blas():
 
 
 def test_as_many_workers_as_fit():
-    assert workers._fitting([10, 30], 8, 100) == 2
-    assert workers._fitting([10, 30] * 9, 8, 100) == 3
-    assert workers._fitting([10, 30] * 9, 8, 1) == 1
-    assert workers._fitting([], 8, 100) == 1
+    cpu = torch.device("cpu")
+    assert workers.fitting([10, 30], 8, cpu, limit=100) == 2
+    assert workers.fitting([10, 30] * 9, 8, cpu, limit=100) == 3
+    assert workers.fitting([10, 30] * 9, 8, cpu, limit=1) == 1
+    assert workers.fitting([], 8, cpu, limit=100) == 1
+    assert workers.fitting([10, 2**60] * 9, 8, cpu) == 1
 
 
 def test_one_thread_each_in_a_pool_and_as_before_after_it():

@@ -49,7 +49,7 @@ def test_points_are_what_analyze_says():
     model = network()
     tracker = LMDTracker(model, every=10, budget=None)
     train(model, 10, tracker.step)
-    rows = {row.name: row for row in analyze(model).matrices}
+    rows = {row.name: row for row in analyze(model, device="cpu").matrices}
     last = [point for point in tracker.points if point.step == 10]
     assert {point.name for point in last} == set(rows)
     for point in last:
@@ -180,7 +180,7 @@ def test_a_verdict_from_all_evidence():
 def test_the_norm_metric_reads_the_gain():
     model = make("llama")
     plain, folded = (LMDTracker(model, roles=["q"], metric=metric, budget=None) for metric in ("identity", "norm"))
-    rows = analyze(model, roles=("q",), metric="norm").matrices
+    rows = analyze(model, roles=("q",), metric="norm", device="cpu").matrices
     assert [p.spectral_norm for p in folded.points] == [row.spectral_norm for row in rows]
     assert plain.points[0].spectral_norm != folded.points[0].spectral_norm
 
