@@ -257,15 +257,21 @@ class Bench:
             read = {work: _or_skipped(work.ref, partial(read_stored, reads, work.ref)) for work in batch}
             stored = {work: each for work, each in read.items() if isinstance(each, Stored)}
             dense = {w: s.matrix for w, s in stored.items() if isinstance(s.matrix, torch.Tensor)}
-            spectra = exact_each([upload(w, self.device) for w in dense.values()]) if dense else []
-            found = {w: each for w, each in zip(dense, spectra, strict=True) if isinstance(each, Spectrum)}
-            helped = replace(self, found=found)
+            helped = replace(self, found=self._found(dense))
             return [
                 _or_skipped(work.ref, partial(helped._measured, reads, work, each))
                 if isinstance(each, Stored)
                 else each
                 for work, each in read.items()
             ]
+
+    def _found(self, dense: dict[Work, torch.Tensor]) -> dict[Work, Spectrum]:
+        """The spectra of matrices of one shape, but for those that hold no numbers; none where memory is short."""
+        try:
+            spectra = exact_each([upload(w, self.device) for w in dense.values()]) if dense else []
+        except torch.OutOfMemoryError:
+            return {}
+        return {work: each for work, each in zip(dense, spectra, strict=True) if isinstance(each, Spectrum)}
 
     def _is_identity(self) -> bool:
         return self.plan.settings.metric == "identity"
@@ -301,7 +307,13 @@ class Bench:
     def _computed(self, work: Work, stored: Stored, gain: torch.Tensor | None) -> Spectra:
         if work in self.found:
             return Spectra(self.found[work], None, stored.rounding)
-        return measure(work, _moved(stored, self.device), gain, gram=self.grams.pop(work, None))
+        gram = self.grams.pop(work, None)
+        try:
+            return measure(work, _moved(stored, self.device), gain, gram=gram)
+        except torch.OutOfMemoryError:  # of a GPU, which others may use too
+            w = stored.matrix
+            here = replace(stored, matrix=w if isinstance(w, Factored) else w.cpu())
+        return measure(work, here, gain, gram=gram)
 
     def _in_data(self, work: Work, stored: Stored) -> Spectra:
         sight = self.sights[work]

@@ -99,14 +99,9 @@ def _attention(
         return [f"heads of '{heads[0].name}' {UNREAD}: {error}"]
     except (NoDataError, ValueError) as error:
         return [f"heads of '{heads[0].name}' left out: {error}"]
-    if device.type not in BATCHED_ON:
-        return list(pool.map(lambda head: _row(head, _cores(head, matrices, folded), folded), heads))
-    there = {ref: replace(read, matrix=read.matrix.to(device)) for ref, read in matrices.items()}
-    size = fitting([_bytes(head) for head in heads], len(heads), device)
-    cores = [
-        each for start in range(0, len(heads), size) for each in _cores_each(heads[start : start + size], there, folded)
-    ]
-    return list(pool.map(lambda head, each: _row(head, each, folded), heads, cores))
+    if device.type in BATCHED_ON and (cores := _cores_there(heads, matrices, folded, device)):
+        return list(pool.map(lambda head, each: _row(head, each, folded), heads, cores))
+    return list(pool.map(lambda head: _row(head, _cores(head, matrices, folded), folded), heads))
 
 
 def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
@@ -152,6 +147,17 @@ def _cores(head: HeadRef, matrices: Matrices, folded: bool) -> Cores | ValueErro
     except ValueError as error:
         return error
     return Cores(qk, ov, *_norms(head, used, matrices, folded))
+
+
+def _cores_there(heads: Attention, matrices: Matrices, folded: bool, device: torch.device) -> list[Cores | ValueError]:
+    """Of all heads of an attention on a device, as many at once as its memory takes; nothing where it takes not one."""
+    size = fitting([_bytes(head) for head in heads], len(heads), device)
+    try:
+        there = {ref: replace(read, matrix=read.matrix.to(device)) for ref, read in matrices.items()}
+        parts = [heads[start : start + size] for start in range(0, len(heads), size)]
+        return [each for part in parts for each in _cores_each(part, there, folded)]
+    except torch.OutOfMemoryError:
+        return []
 
 
 def _cores_each(heads: Sequence[HeadRef], matrices: Matrices, folded: bool) -> list[Cores | ValueError]:

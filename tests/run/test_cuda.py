@@ -111,6 +111,21 @@ def test_a_live_model_on_the_gpu_is_read_where_it_is():
         check(row, other, **CLOSE)
 
 
+def test_what_the_card_has_no_room_for_is_done_on_the_cpu(save):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.zeros(2**22, device="cuda")
+        found = lmd_hf.analyze(save("llama"), device="cuda", heads=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    expected = lmd_hf.analyze(save("llama"), device="cpu", heads=True)
+    for rows in ("matrices", "heads"):
+        for row, other in zip(getattr(found, rows), getattr(expected, rows), strict=True):
+            check(row, other, **CLOSE)
+
+
 def test_data_mode_sees_the_same_inputs(save, lines):
     data = Data(lines, seq_len=12)
     on_cpu, on_gpu = (

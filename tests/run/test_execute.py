@@ -192,6 +192,31 @@ def test_batches_on_several_devices_give_the_same_numbers(save, tmp_path, monkey
     assert again.matrices == together.matrices
 
 
+@pytest.mark.parametrize("batched_on", ["cpu", "cuda"])
+def test_where_a_gpu_is_full_the_cpu_goes_on(save, monkeypatch, batched_on):
+    """Its memory ends in a batch, and in every matrix by itself."""
+    source = open_source(save("mixtral"))
+    plan = make_plan(list_matrices(source), source.identity, Settings())
+    alone = execute(plan, source)
+    real, refused = execution.measure, []
+
+    def full(work, stored, gain, gram=None):
+        if refused.count(work) == 0:
+            refused.append(work)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(work, stored, gain, gram=gram)
+
+    def none(matrices):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(execution, "measure", full)
+    monkeypatch.setattr(execution, "exact_each", none)
+    monkeypatch.setattr(execution, "BATCHED_ON", (batched_on,))
+    found = execute(plan, source)
+    assert len(refused) == len(alone.matrices)
+    assert found.matrices == alone.matrices
+
+
 def test_progress_is_reported_in_this_thread(save):
     source = open_source(save("bert"))
     plan = make_plan(list_matrices(source), source.identity, Settings())

@@ -204,6 +204,19 @@ def test_all_heads_of_an_attention_at_once_give_the_same(family, folded, monkeyp
                 assert getattr(found, key) == value
 
 
+def test_where_a_gpu_is_full_the_heads_are_done_on_the_cpu(save, monkeypatch):
+    source = open_source(save("llama"))
+    planned = plan_heads(list_matrices(source), Settings(heads=True))
+    alone = measure_heads(planned, source, folded=False)
+
+    def none(products, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run_heads, "BATCHED_ON", ("cpu",))
+    monkeypatch.setattr(run_heads, "cores_each", none)
+    assert measure_heads(planned, source, folded=False) == alone
+
+
 def test_what_cannot_be_read_or_formed_is_a_note(save):
     source = open_source(save("llama"))
     inventory = list_matrices(source)
