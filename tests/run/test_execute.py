@@ -171,7 +171,7 @@ def test_batches_on_several_devices_give_the_same_numbers(save, tmp_path, monkey
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((save(family) / "config.json").read_text())
     source = open_source(tmp_path)
-    plan = make_plan(list_matrices(source), source.identity, Settings())
+    plan = make_plan(list_matrices(source), source.identity, Settings(device="cpu"))
     alone = execute(plan, source)
     sizes = []
     monkeypatch.setattr(execution, "BATCHED_ON", ("cpu",))
@@ -196,7 +196,7 @@ def test_batches_on_several_devices_give_the_same_numbers(save, tmp_path, monkey
 def test_where_a_gpu_is_full_the_cpu_goes_on(save, monkeypatch, batched_on):
     """Its memory ends in a batch, and in every matrix by itself."""
     source = open_source(save("mixtral"))
-    plan = make_plan(list_matrices(source), source.identity, Settings())
+    plan = make_plan(list_matrices(source), source.identity, Settings(device="cpu"))
     alone = execute(plan, source)
     real, refused = execution.measure, []
 
