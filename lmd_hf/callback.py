@@ -73,7 +73,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             self.tracker = LMDTracker(told["model"], **self._options, resume=(self._resumed, state.global_step))
         except SourceError as error:
             self._sharded = True
-            warnings.warn(f"LMDCallback measures saved checkpoints instead: {error}", stacklevel=2)
+            instead = "saved checkpoints instead" if args.save_strategy != "no" else "nothing (save_strategy is 'no')"
+            warnings.warn(f"LMDCallback measures {instead}: {error}", stacklevel=2)
         else:
             self._pending = self.tracker.measure()
 

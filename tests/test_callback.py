@@ -162,14 +162,17 @@ def test_a_peft_model(tmp_path):
 
 
 def test_where_parameters_are_in_parts_checkpoints_are_measured(tmp_path):
-    """The Trainer's events by hand: no machine here shards, so the parameters bear DeepSpeed's mark alone."""
+    """The Trainer's events by hand, and DeepSpeed's mark alone; `training/test_spread.py` has real shards."""
     model = make("llama")
     whole = make("llama")
     for parameter in model.parameters():
         parameter.ds_id, parameter.data = 0, torch.empty(0)
-    args = SimpleNamespace(output_dir=str(tmp_path))
+    args = SimpleNamespace(output_dir=str(tmp_path), save_strategy="no")
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=10, log_history=[])
     callback = LMDCallback(every=1, budget=None)
+    with pytest.warns(UserWarning, match=r"measures nothing \(save_strategy is 'no'\): .*ZeRO-3"):
+        callback.on_train_begin(args, state, None, model=model)
+    args.save_strategy = "steps"
     with pytest.warns(UserWarning, match="measures saved checkpoints instead: .*ZeRO-3"):
         callback.on_train_begin(args, state, None, model=model)
     for step in (4, 8):

@@ -17,6 +17,8 @@ GATHER = (
     "gathers it) and analyse the saved folder"
 )
 
+FLAT = ("_is_flat_param", "_fsdp_flattened")  # FSDP's marks on what it has made of parameters, and on those themselves
+
 
 @dataclass(frozen=True)
 class Offloaded:
@@ -141,6 +143,11 @@ def _local(value: Tensor, name: str, identifier: str) -> Tensor:
 
 
 def _refuse_flat(module: nn.Module, identifier: str) -> None:
+    """Also the module inside of a wrapper, which bears no mark but that of its parameters: to ask it for its state
+    would gather, on every process at once or for ever."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(child, fsdp.FullyShardedDataParallel) for child in module.modules()):
+    if fsdp is not None and (
+        any(isinstance(child, fsdp.FullyShardedDataParallel) for child in module.modules())
+        or any(getattr(value, mark, False) for value in module.parameters() for mark in FLAT)
+    ):
         raise SourceError(f"{identifier}: FSDP keeps its parameters flat, in parts on every process; {GATHER}")

@@ -13,12 +13,20 @@ from lmd_hf.records import TensorRef
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)\b.*"
+TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)(?:_\d+)?\b.*"
 STATE = "trainer_state.json"
 STATE_BYTES = 100e6  # more than a loss curve of a million points
 PARAMS = "params.json"  # which says how wide LLaMA's own files, `consolidated.00.pth` …, are when joined
 INDEX = "model.safetensors.index.json"
 NAMED = 5  # files that a note names before it counts
+
+# what trainings over several processes leave instead of whole weights, and the way to those
+IN_PARTS = {
+    r"pytorch_model_fsdp_\d+|.*\.distcp": "each process has saved its part; train with fsdp_state_dict_type "
+    "FULL_STATE_DICT, or join the parts: accelerate merge-weights PARTS OUT",
+    r"zero_to_fp32\.py": "DeepSpeed has saved each process's part; set stage3_gather_16bit_weights_on_model_save in "
+    "its configuration, or join the parts with the zero_to_fp32.py there",
+}
 
 
 def weight_files(names: list[str], where: str) -> list[str]:
@@ -43,6 +51,9 @@ def weight_files(names: list[str], where: str) -> list[str]:
     adapter = [name for name in names if name in ("adapter_model.safetensors", "adapter_model.bin")]
     if adapter:
         return [max(adapter)]
+    for parts, said in IN_PARTS.items():
+        if any(re.fullmatch(parts, name) for name in names):
+            raise SourceError(f"{where}: no whole weights in it; {said}")
     raise SourceError(f"{where}: no weights in it; save the model with save_pretrained first")
 
 

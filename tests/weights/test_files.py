@@ -110,13 +110,27 @@ def test_a_pickle_without_tensors_says_so(tmp_path):
         ("unet.safetensors unet.fp16.safetensors", "unet.safetensors"),
         ("consolidated.safetensors params.json", "consolidated.safetensors"),
         ("consolidated.00.pth params.json", "consolidated.00.pth"),
-        ("pytorch_model.bin training_args.bin optimizer.pt rng_state.pth", "pytorch_model.bin"),
+        ("pytorch_model.bin training_args.bin optimizer.pt rng_state_0.pth", "pytorch_model.bin"),
         ("pytorch_model.bin.index.json pytorch_model-1.bin", "pytorch_model.bin.index.json"),
         ("model-q4.gguf README.md", "model-q4.gguf"),
     ],
 )  # fmt: skip
 def test_which_file_is_read(present, chosen):
     assert weight_files(present.split(), "here") == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("present", "remedy"),
+    [
+        ("optimizer_0 pytorch_model_fsdp_0 rng_state_0.pth scheduler.pt", "accelerate merge-weights"),
+        ("__0_0.distcp config.json", "accelerate merge-weights"),
+        ("config.json global_step2 latest rng_state_0.pth zero_to_fp32.py", r"zero_to_fp32\.py there"),
+        ("config.json training_args.bin", "save_pretrained"),
+    ],
+)
+def test_weights_in_parts_name_the_way_to_whole_ones(present, remedy):
+    with pytest.raises(SourceError, match=f"^here: no .*weights in it; .*{remedy}"):
+        weight_files(present.split(), "here")
 
 
 def test_several_gguf_files_are_a_choice():
