@@ -22,6 +22,8 @@ MEMORY_SHARE = 0.5  # of the memory that is free, for the matrices being worked 
 LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in float64, or
 STREAMS = 4  # matrices at one time on a GPU: one is decomposed, one on its way, and two fill what small kernels leave
 MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
+MEMORY_AHEAD = 2**29  # bytes of a model whose turn has not come: all of a small one, or
+AHEAD_SHARE = 0.1  # of the memory that is free, if that is less
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,6 +70,11 @@ def count_workers(sizes: list[int], device: torch.device, limit: float = math.in
     if device.type == "cuda":
         return _fitting(sizes, STREAMS, min(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE, limit))
     return 1
+
+
+def room_ahead() -> int:
+    """How many bytes may wait in memory for the turn of their model."""
+    return int(min(MEMORY_AHEAD, AHEAD_SHARE * psutil.virtual_memory().available / local_processes()))
 
 
 def _fitting(sizes: list[int], hands: int, room: float) -> int:
