@@ -176,12 +176,11 @@ def test_a_model_that_another_process_takes_is_let_go(hub, put, meanwhile, tmp_p
 
     def look(model):
         if model == names[0]:
-            wait_for(lambda: ranges(hub, names[1]), "nothing came ahead")
+            wait_for(lambda: len(ranges(hub, names[1])) == ranged.CONNECTIONS, "nothing came ahead")
             taken.append(queue.take())
-            hub.always = ""  # but what is under way of the second stays so, for ten seconds
 
     meanwhile(look)
-    hub.always = "slow"
+    hub.faults = ["slow"] * ranged.CONNECTIONS  # what is under way of the second stays so, for ten seconds
     outcomes = list(work_off(queue, how="pull", token="hf_test_token"))
     assert [outcome.model for outcome in outcomes] == [names[0], names[2]]
     assert [outcome.status for outcome in outcomes] == ["written"] * 2
