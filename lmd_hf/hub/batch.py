@@ -3,13 +3,14 @@ the process."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from lmd_hf.errors import LmdError, SettingsError
-from lmd_hf.hub.annotate import Begun, How, Outcome, annotate, begin
+from lmd_hf.hub.annotate import Begun, How, Outcome, annotate, begin, fetch
 from lmd_hf.hub.queue import Entry, Queue
 from lmd_hf.run.world import World
 from lmd_hf.weights.answers import patiently, told
@@ -52,8 +53,7 @@ def annotate_each(
     """One outcome for each model that falls to this rank: always the next one that no rank has taken. An error is an
     outcome too (`failed`) and stops no other.
 
-    While a model is analysed, the next one is looked at (`begin`): its listing, its card and the headers of its
-    weights.
+    While a model is analysed, the next one is looked at (`begin`), and its weights are fetched ahead (`fetch`).
     """
     taken = _tickets(models, world or World())
     yield from _annotated(taken, skip=frozenset(skip), options={"how": how, "force": force, "token": token})
@@ -94,23 +94,62 @@ def _tickets(models: Sequence[str], world: World) -> Iterator[Following]:
 
 def _annotated(taken: Iterator[Following], *, skip: frozenset[str], options: dict[str, Any]) -> Iterator[Outcome]:
     """One outcome a model. What comes next is a guess where other processes take models too; a wrong one costs a look
-    in vain."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="lmd_hf.look")
-    ahead: dict[str, Future[Begun]] = {}
-    try:
+    in vain, and what was fetched by then."""
+    with closing(_Scout(options)) as scout:
         for model, following in taken:
-            looked = ahead.pop(model, None)
-            ahead.clear()
+            begun = scout.take(model)
             if following is not None and following not in skip:
-                ahead[following] = pool.submit(begin, following, **options)
+                scout.look_at(following)
             if model in skip:
                 yield Outcome(model, "left", "on the skip list")
                 continue
             try:
-                # what went wrong ahead may go well now
-                begun = looked.result() if looked is not None and looked.exception() is None else None
                 yield annotate(model, **options, begun=begun)
             except LmdError as error:
                 yield Outcome(model, "failed", str(error).removeprefix(f"{model}: "))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+            finally:
+                if begun is not None:
+                    begun.let_go()
+
+
+class _Scout:
+    """Sees to the model that will probably be next, in a thread of its own: first a look at it, then its weights."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lmd_hf.look")
+        self._found: dict[str, tuple[Future[Begun], Future[Begun]]] = {}
+
+    def look_at(self, model: str) -> None:
+        """Begin with a model."""
+        looked = self._pool.submit(begin, model, **self._options)
+        self._found[model] = looked, self._pool.submit(lambda: fetch(looked.result()))
+
+    def take(self, model: str) -> Begun | None:
+        """What was found of that model, if it was looked at; whatever else was found is let go. `None` where that went
+        wrong: it may go well now."""
+        if model not in self._found:
+            self._let_go()
+            return None
+        looked, fetched = self._found[model]
+        found = looked if fetched.cancel() or fetched.exception() is not None else fetched
+        begun = found.result() if found.exception() is None else None
+        self._found.clear()
+        return begun
+
+    def close(self) -> None:
+        """Look at nothing more."""
+        self._let_go()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _let_go(self) -> None:
+        for found in self._found.values():
+            for future in found:
+                future.cancel()
+                future.add_done_callback(_forget)
+        self._found.clear()
+
+
+def _forget(found: Future[Begun]) -> None:
+    if not found.cancelled() and found.exception() is None:
+        found.result().let_go()

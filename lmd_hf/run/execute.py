@@ -54,6 +54,12 @@ class HeadStart:
         }
 
 
+def unfinished(plan: Plan, source: Source, journal: Journal) -> list[Work]:
+    """The works of a plan for one rank that have to be read, in its order."""
+    bench = Bench(plan, source, Output(journal), pick_devices(plan.settings.device))
+    return [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
+
+
 @contextmanager
 def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadStart]:
     """Spectra of a provisional plan, computed in the background until `execute` takes over with the final one.
@@ -62,7 +68,7 @@ def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadSta
     planned from names alone stays valid wherever the final plan cuts the same matrix.
     """
     bench = Bench(plan, source, Output(journal), pick_devices(plan.settings.device))
-    works = [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
+    works = unfinished(plan, source, journal)
     workers = worker_count(works, bench.devices, source)
     with worker_pool(workers, len(works), bench.devices) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)

@@ -123,6 +123,10 @@ class ReadAhead:
         """Whether every byte of a work has arrived or is on its way."""
         return self.needs[work] <= self._reads.keys()
 
+    def order(self) -> list[Span]:
+        """All that is read, in the order in which the works need it."""
+        return list(dict.fromkeys(need for work in self.works for need in self.needs[work]))
+
     def close(self) -> None:
         """Begin no further read."""
         with self._change:
@@ -131,7 +135,7 @@ class ReadAhead:
 
     def feed(self, pool: ThreadPoolExecutor) -> None:
         """Begin every read, in order, each as soon as there is room."""
-        for span in dict.fromkeys(need for work in self.works for need in self.needs[work]):
+        for span in self.order():
             with self._change:
                 self._change.wait_for(partial(self._may_begin, span))
                 if self._closed:

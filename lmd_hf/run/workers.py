@@ -23,6 +23,8 @@ LARGEST_SHARE = 3  # where the network sets the pace: of the largest matrix in f
 STREAMS = 4  # matrices at one time on a GPU: one is decomposed, one on its way, and two fill what small kernels leave
 BATCHED_ON = ("cuda",)  # small matrices together; on a CPU a core is filled by one matrix
 MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
+MEMORY_AHEAD = 2**29  # bytes of a model whose turn has not come: all of a small one, or
+AHEAD_SHARE = 0.1  # of the memory that is free, if that is less
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,6 +78,11 @@ def fitting(sizes: list[int], most: int, device: torch.device, limit: float = ma
     else:
         room = psutil.virtual_memory().available * MEMORY_SHARE / local_processes()
     return min(most, len(sizes), max(1, int(min(room, limit) // max(sizes)))) if sizes else 1
+
+
+def room_ahead() -> int:
+    """How many bytes may wait in memory for the turn of their model."""
+    return int(min(MEMORY_AHEAD, AHEAD_SHARE * psutil.virtual_memory().available / local_processes()))
 
 
 _hand = threading.local()  # a worker thread's device

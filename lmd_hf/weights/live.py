@@ -139,7 +139,7 @@ def _local(value: Tensor, name: str, identifier: str) -> Tensor:
     if not all(mesh.size(axis) == 1 or placed.is_replicate() for axis, placed in enumerate(value.placements)):
         spread = f"'{name}' is a DTensor spread over {mesh.size()} processes"
         raise SourceError(f"{identifier}: {spread}, of which each holds a part; {GATHER}")
-    return value.detach().to_local()
+    return value.detach().to_local().requires_grad_(value.requires_grad)
 
 
 def _refuse_flat(module: nn.Module, identifier: str) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -58,6 +58,10 @@ class Connection:
             self.bytes_fetched += size
             self.files_touched.add(file)
 
+    def apart(self) -> "Connection":
+        """The same threads, for other reads: with counts and a fault of its own."""
+        return replace(self, bytes_fetched=0, files_touched=set(), fault="", lock=threading.Lock())
+
 
 @dataclass
 class RemoteFile:
@@ -106,13 +110,15 @@ class RemoteFile:
             try:
                 for size in self._stream(start + reached, view[reached:]):
                     reached, tries = reached + size, 0
+                    if self.connection.fault and reached < len(view):
+                        break
             except redirect_errors():
                 raise self._lost("redirects in a circle; try again later") from None
             except _Again as again:
                 reason, wait = str(again), again.seconds
             except unreachable_errors() as error:
                 reason = str(error) or type(error).__name__
-            if reached < len(view):
+            if reached < len(view) and not self.connection.fault:
                 tries += 1
                 self._pause(tries, reason, wait)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from lmd_hf.weights.repository import (
 )
 
 
+if TYPE_CHECKING:
+    from lmd_hf.weights.ahead import Ahead
+
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
@@ -43,6 +46,8 @@ EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the pack
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
 GGUF_NOTE = "llama.cpp may order the rows of q and k for its own rotary form; no singular value feels it"
 LARGEST = 2**25  # bytes of a tensor that is remembered: embeddings, which no head reads, would take all the room
+
+Key = tuple[TensorRef, int, int]  # rows of a stored tensor: the first, and the one after the last
 
 
 class Source(Protocol):
@@ -93,17 +98,17 @@ class Memory:
     """Tensors that were fetched and will be asked for once more, up to `room` bytes."""
 
     room: int
-    kept: dict[tuple[TensorRef, int, int], Tensor] = field(default_factory=dict)
+    kept: dict[Key, Tensor] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def keep(self, key: tuple[TensorRef, int, int], value: Tensor) -> None:
+    def keep(self, key: Key, value: Tensor) -> None:
         """Remember it, if there is room."""
         with self.lock:
             if key not in self.kept and value.nbytes <= min(self.room, LARGEST):
                 self.kept[key] = value
                 self.room -= value.nbytes
 
-    def take(self, key: tuple[TensorRef, int, int]) -> Tensor | None:
+    def take(self, key: Key) -> Tensor | None:
         """What was remembered, which is forgotten then."""
         with self.lock:
             value = self.kept.pop(key, None)
@@ -122,7 +127,7 @@ class FileSource:
     """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
     `subfolder` and `token` are what the repository was opened with. `training` finds the (name, path) of the state that
     a trainer left beside them, and fetches it. `loaded` keeps the whole model, by device, for whoever runs it again,
-    `memory` what was fetched for whoever reads it again."""
+    `memory` what was fetched for whoever reads it again, `ahead` what is fetched before its turn (`fetching`)."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -138,6 +143,7 @@ class FileSource:
     training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
     loaded: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)
     memory: Memory = field(default_factory=lambda: Memory(0), compare=False, repr=False)
+    ahead: "Ahead | None" = field(default=None, compare=False, repr=False)
 
     def on_disk(self, name: str) -> bool:
         """Whether reading that file costs no network."""
@@ -150,12 +156,22 @@ class FileSource:
             return read_pickled(_local(self.locate(tensor.file)))[tensor.name].reshape(tensor.shape)[start:stop]
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
-        if (known := self.memory.take((tensor, start, stop))) is not None:
+        key = tensor, start, stop
+        if (known := self.memory.take(key)) is not None:
             return known
-        value = self._read(tensor, start, stop, (tensor.stop - tensor.start) // rows)
+        value = None if self.ahead is None else self.ahead.take(key)
+        if value is None:
+            value = self._read(tensor, start, stop, (tensor.stop - tensor.start) // rows)
         if self.memory.room and not self.on_disk(tensor.file):
-            self.memory.keep((tensor, start, stop), value)
+            self.memory.keep(key, value)
         return value
+
+    def forget(self) -> None:
+        """Let go of all that is in memory, or on its way there."""
+        self.loaded.clear()
+        self.memory.clear()
+        if self.ahead is not None:
+            self.ahead.end()
 
     def _read(self, tensor: TensorRef, start: int, stop: int, row_bytes: int) -> Tensor:
         buffer = _page_buffer((stop - start) * row_bytes)

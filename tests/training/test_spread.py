@@ -165,6 +165,30 @@ def by_loop(out, kind):
     return {"refused": refused}
 
 
+def test_what_one_process_holds_whole_is_watched_while_it_trains(tmp_path):
+    """FSDP on a single GPU: parameters are DTensors, and all there."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(make("llama"), mesh=init_device_mesh("cpu", (1,)))
+        tracker = LMDTracker(model, every=1, budget=None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        ids = torch.arange(1, 13)[None]
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            tracker.step()
+        plain = make("llama")
+        plain.load_state_dict({name: value.full_tensor() for name, value in model.state_dict().items()})
+    finally:
+        dist.destroy_process_group()
+    rows = {row.name: row.spectral_norm for row in analyze(plain).matrices}
+    last = {point.name: point.spectral_norm for point in tracker.points if point.step == 2}
+    start = {point.name: point.spectral_norm for point in tracker.points if point.step == 0}
+    assert last == pytest.approx(rows, rel=1e-6)
+    assert all(last[name] != start[name] for name in last)
+
+
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     how, out, name = sys.argv[1:]
