@@ -91,7 +91,7 @@ class Hub:
 
     def clear(self) -> None:
         """Forget everything, as if just started."""
-        fresh = Hub(token=self.token, port=self.port)
+        fresh = Hub(port=self.port)
         for name in vars(fresh):
             if name != "lock":
                 setattr(self, name, getattr(fresh, name))

@@ -30,11 +30,15 @@ class Signal:
 
 @dataclass(frozen=True)
 class FreezeRecipe:
-    """Every selected module with its signal, and whether it is trained; what is not selected stays frozen."""
+    """Every selected module with its signal, and whether it is trained; what is not selected stays frozen.
+
+    `whole_names` says that modules are called as in the model: a checkpoint may leave out what its class puts before
+    them (`h.0` for `transformer.h.0`)."""
 
     base: str
     share: float
     modules: tuple[Signal, ...]
+    whole_names: bool = True
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -43,8 +47,10 @@ class FreezeRecipe:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """axolotl's `unfrozen_parameters`: it takes a full name between ^ and $, and escapes the dots itself."""
-        return tuple(f"^{name}$" for name in self.trained)
+        """axolotl's `unfrozen_parameters`: it takes a full name between ^ and $, and escapes each dot itself, but for
+        one before a plus."""
+        before = "" if self.whole_names else "(.+.)?"
+        return tuple(f"^{before}{name}$" for name in self.trained)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types: `unfrozen_parameters`, and the signals that they come from."""
@@ -102,6 +108,7 @@ def freeze_recipe(
             )
             for module in modules
         ),
+        whole_names=bool(names),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -75,6 +76,30 @@ def test_axolotl_and_freeze_take_the_same_parameters(family, save):
     assert ours == theirs == set(recipe.trained)
     assert recipe.to_yaml().startswith("unfrozen_parameters:\n  - ^")
     json.dumps(recipe.to_dict())
+
+
+@pytest.mark.parametrize(("family", "inner"), [("gpt2", "transformer"), ("bert", "bert"), ("llama", "model")])
+def test_axolotl_finds_what_a_checkpoint_of_the_inner_model_calls_otherwise(family, inner, tmp_path):
+    model = make(family)
+    model.base_model.save_pretrained(tmp_path)
+    recipe = freeze_recipe(analyze(tmp_path))
+    freeze(model, recipe)
+    ours = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert ours == {f"{inner}.{name}" for name in recipe.trained}
+    assert ours == {n for n, _ in model.named_parameters() if any(axolotls(p, n) for p in recipe.patterns)}
+    freeze(model, recipe.patterns)
+    assert ours == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("layer", [1, 10])
+def test_one_layer_is_not_taken_for_another_whose_number_begins_with_its(layer):
+    model = make("llama", num_hidden_layers=12)
+    recipe = freeze_recipe(analyze(model))
+    recipe = replace(recipe, modules=tuple(replace(m, trained=m.layer == layer) for m in recipe.modules))
+    freeze(model, recipe)
+    ours = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert ours == {n for n, _ in model.named_parameters() if n.startswith(f"model.layers.{layer}.") and "proj" in n}
+    assert ours == {n for n, _ in model.named_parameters() if any(axolotls(p, n) for p in recipe.patterns)}
 
 
 def test_shares_are_rounded_up(save):
