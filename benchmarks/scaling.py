@@ -1,10 +1,11 @@
 """One process and two, one thread each: the time from the first matrix to the last, and whether the numbers agree.
 
-    python benchmarks/scaling.py [--runs 3] [--layers 6]
+    python benchmarks/scaling.py [--runs 3] [--layers 6 | --cut]
 
 The model is LLaMA-like with random bf16 weights (hidden 2048, feed-forward 5632), over a minute of work for one core.
 One process is kept to one core by `taskset`; two are started by torchrun, and each takes half of the machine. Every run
-is a fresh one: nothing is taken from the cache of an earlier one.
+is a fresh one: nothing is taken from the cache of an earlier one. With `--cut` instead: two processes on one matrix of
+24,576 × 3,072, its Gram product shared between them, against one that does all of it while the other waits.
 """
 
 import argparse
@@ -23,6 +24,13 @@ from safetensors.torch import save_file
 HIDDEN, FEED_FORWARD = 2048, 5632
 ONE = ["taskset", "--cpu-list", "0", sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+LARGE = (24576, 3072)
+WHOLE = """
+from lmd_hf.cli import main
+from lmd_hf.run import shares
+shares.EVEN = float("inf")
+main()
+"""
 
 
 def save_model(folder: Path, layers: int) -> None:
@@ -39,11 +47,11 @@ def save_model(folder: Path, layers: int) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def run(launcher: list[str], folder: Path) -> dict:
+def run(launcher: list[str], folder: Path, program: tuple[str, ...] = ("-m", "lmd_hf")) -> dict:
     """The report of one run, without what an earlier one has kept."""
     with tempfile.TemporaryDirectory() as assets:
         answer = subprocess.run(
-            [*launcher, "-m", "lmd_hf", "analyze", str(folder), "--json", "--device", "cpu"],
+            [*launcher, *program, "analyze", str(folder), "--json", "--device", "cpu"],
             stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, "HF_ASSETS_CACHE": assets},
         )  # fmt: skip
     return json.loads(answer.stdout)
@@ -63,12 +71,29 @@ def largest_difference(one: list[dict], two: list[dict]) -> float:
     return worst
 
 
+def cut(runs: int) -> None:
+    """One matrix by two processes, in pieces and whole, in turn."""
+    print("| in pieces, s | whole, s | ratio | largest relative difference |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        w = torch.randn(*LARGE, generator=torch.Generator().manual_seed(0))
+        save_file({"layers.0.mlp.up_proj.weight": w}, Path(place) / "model.safetensors")
+        (Path(place) / "whole.py").write_text(WHOLE)
+        for _ in range(runs):
+            pieces, whole = run(TWO, Path(place)), run(TWO, Path(place), (str(Path(place) / "whole.py"),))
+            difference = largest_difference(whole["matrices"], pieces["matrices"])
+            took = pieces["timing"]["execute"], whole["timing"]["execute"]
+            print(f"| {took[0]:.1f} | {took[1]:.1f} | {took[1] / took[0]:.2f} | {difference:.1e} |")
+
+
 def main() -> None:
     """Run both in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--cut", action="store_true")
     options = parser.parse_args()
+    if options.cut:
+        return cut(options.runs)
     rows = []
     with tempfile.TemporaryDirectory() as place:
         save_model(Path(place), options.layers)

@@ -70,7 +70,7 @@ def prepared(w_OI: Float[Tensor, "O I"]) -> tuple[Float[Tensor, "L S"], float, f
         sides = tuple(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (w_OI[0], w_OI[:, 0]))
     w_LS = w_OI if sides[0] >= sides[1] else w_OI.T
     w_LS = w_LS if w_LS.dtype == torch.float64 else w_LS.to(torch.float32)
-    top = max(abs(float(end)) for end in torch.aminmax(w_LS))
+    top = max(abs(float(end)) for end in torch.aminmax(_as_stored(w_LS)))
     if not math.isfinite(top):
         raise ValueError("the matrix holds NaN or infinity")
     exponent = math.frexp(top)[1]
@@ -80,9 +80,14 @@ def prepared(w_OI: Float[Tensor, "O I"]) -> tuple[Float[Tensor, "L S"], float, f
     return w_LS, scale, _energy(w_LS)
 
 
+def _as_stored(w_LS: Tensor) -> Tensor:
+    """W or Wᵀ, whichever has its rows together in memory: what reads all entries reads them in their order."""
+    return w_LS if w_LS.stride(0) >= w_LS.stride(1) else w_LS.T
+
+
 def _energy(w_LS: Tensor) -> float:
     """‖W‖_F² in float64, a few rows at a time, which stay in the cache."""
-    stored = w_LS if w_LS.stride(0) >= w_LS.stride(1) else w_LS.T
+    stored = _as_stored(w_LS)
     pieces = torch.split(stored, max(1, CHUNK_ENTRIES // stored.shape[1]))
     return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
 
