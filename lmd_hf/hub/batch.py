@@ -1,6 +1,7 @@
 """Many models, one after the other on each rank, from a durable queue: what is done stays done, whatever happens to
 the process."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +16,8 @@ from lmd_hf.hub.queue import Entry, Queue
 from lmd_hf.run.world import World
 from lmd_hf.weights.answers import patiently, told
 
+
+log = logging.getLogger(__name__)
 
 Following = tuple[str, str | None]  # a model to do, and the one that will probably be next
 STATES = {"written": "done", "drafted": "done", "left": "left", "failed": "failed"}
@@ -127,15 +130,19 @@ class _Scout:
 
     def take(self, model: str) -> Begun | None:
         """What was found of that model, if it was looked at; whatever else was found is let go. `None` where that went
-        wrong: it may go well now."""
+        wrong: a fresh look may go well now."""
         if model not in self._found:
             self._let_go()
             return None
-        looked, fetched = self._found[model]
-        found = looked if fetched.cancel() or fetched.exception() is not None else fetched
-        begun = found.result() if found.exception() is None else None
-        self._found.clear()
-        return begun
+        looked, fetched = self._found.pop(model)
+        found = looked if fetched.cancel() else fetched
+        error = found.exception()
+        if error is None:
+            return found.result()
+        if not isinstance(error, LmdError):
+            log.warning("%s: nothing was fetched ahead", model, exc_info=error)
+        looked.add_done_callback(_forget)
+        return None
 
     def close(self) -> None:
         """Look at nothing more."""

@@ -63,32 +63,27 @@ def fold(w_OI: Float[Tensor, "O I"], gain_I: Float[Tensor, " I"] | None) -> Floa
     return w_OI if gain_I is None else w_OI * gain_I.to(w_OI)
 
 
-def read_circuit(product: Factored, *, one_stream: bool) -> Circuit:
-    """The spectrum of B = s·L·R, and how far it is a symmetric, attracting form.
-
-    Singular values by QR of the two factors, with the error bound of `kernels.thin`. With `one_stream`, from the d × d
-    matrix s·R·L, whose eigenvalues are those of B that differ from 0:
-    `symmetric_energy` ‖(B + Bᵀ)/2‖²/‖B‖² = ½(1 + tr B²/‖B‖²): 1 symmetric, ½ unrelated, 0 antisymmetric;
-    `eigenvalue_score` Σ Re λ/Σ|λ|: 1 where it attracts along every axis, −1 where it repels. Of QK, both near 1 make
-    an auto-associative memory; of OV, the second is the copying score. Raises `ValueError` for NaN, infinity, empty
-    factors, and `one_stream` where B is not square.
-    """
-    return read_core(core_of(product, one_stream=one_stream))
-
-
 def core_of(product: Factored, *, one_stream: bool) -> Core:
-    """The core of B = s·L·R, the triangles by Householder's QR on the CPU. Raises as `read_circuit` does."""
+    """The core of B = s·L·R, its triangles by Householder's QR on the CPU; `one_stream` where B maps a stream to
+    itself. Raises `ValueError` for NaN, infinity, empty factors, and `one_stream` where B is not square."""
     a, b = triangles(product)
     if not one_stream:
         return Core(a, b, product.scale, None)
-    left_ND, right_DN = product.left.to(torch.float64), product.right.to(torch.float64)
+    left_ND, right_DN = product.left.cpu().to(torch.float64), product.right.cpu().to(torch.float64)
     if left_ND.shape[0] != right_DN.shape[1]:
         raise ValueError(f"a map from {right_DN.shape[1]} to {left_ND.shape[0]} dimensions is not of one stream")
     return Core(a, b, product.scale, product.scale * (right_DN @ left_ND))
 
 
 def read_core(core: Core) -> Circuit:
-    """What `read_circuit` gives, from the core."""
+    """The spectrum of B = s·L·R, and how far it is a symmetric, attracting form.
+
+    Singular values from the triangles, with the error bound of `kernels.thin`. Of one stream, from the d × d matrix
+    s·R·L, whose eigenvalues are those of B that differ from 0:
+    `symmetric_energy` ‖(B + Bᵀ)/2‖²/‖B‖² = ½(1 + tr B²/‖B‖²): 1 symmetric, ½ unrelated, 0 antisymmetric;
+    `eigenvalue_score` Σ Re λ/Σ|λ|: 1 where it attracts along every axis, −1 where it repels. Of QK, both near 1 make
+    an auto-associative memory; of OV, the second is the copying score.
+    """
     spectrum = of_triangles(core.a, core.b, core.scale)
     values = spectrum.values
     energy = float((values**2).sum())

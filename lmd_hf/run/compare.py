@@ -15,7 +15,7 @@ from lmd_hf.matrix.change import Drift, Side, Update, measure_change
 from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
 from lmd_hf.run.execute import environment, traffic
 from lmd_hf.run.read_ahead import READERS, ReadAhead, reading_pairs
-from lmd_hf.run.workers import count_workers, pick_device, upload, worker_pool
+from lmd_hf.run.workers import count_workers, pick_device, upload, with_room, worker_pool
 from lmd_hf.weights.lora import multiplied
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import read_stored
@@ -63,7 +63,7 @@ def compare_all(
 
 def _compare_ahead(pair: Pair, base: ReadAhead, tuned: ReadAhead, device: torch.device) -> MatrixChange | Unmatched:
     with base.taking(pair), tuned.taking(pair):
-        return _compare_pair(pair, base, tuned, device)
+        return with_room(lambda where: _compare_pair(pair, base, tuned, where), device)
 
 
 def _compare_pair(pair: Pair, base: Source, tuned: Source, device: torch.device) -> MatrixChange | Unmatched:

@@ -26,7 +26,7 @@ from lmd_hf.run.measure import Spectra, measure, procedure, read_metric, to_row
 from lmd_hf.run.read_ahead import ReadAhead, reading_ahead
 from lmd_hf.run.shares import batched
 from lmd_hf.run.sums import Sums, shared_sums
-from lmd_hf.run.workers import BATCHED_ON, pick_devices, upload, worker_count, worker_pool
+from lmd_hf.run.workers import BATCHED_ON, pick_devices, upload, with_room, worker_count, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import pieces
 from lmd_hf.weights.source import FileSource, Source
@@ -272,11 +272,8 @@ class Bench:
             ]
 
     def _found(self, dense: dict[Work, torch.Tensor]) -> dict[Work, Spectrum]:
-        """The spectra of matrices of one shape, but for those that hold no numbers; none where memory is short."""
-        try:
-            spectra = exact_each([upload(w, self.device) for w in dense.values()]) if dense else []
-        except torch.OutOfMemoryError:
-            return {}
+        """The spectra of matrices of one shape, but for those that hold no numbers."""
+        spectra = with_room(lambda device: _at_once(list(dense.values()), device), self.device)
         return {work: each for work, each in zip(dense, spectra, strict=True) if isinstance(each, Spectrum)}
 
     def _is_identity(self) -> bool:
@@ -314,16 +311,11 @@ class Bench:
         if work in self.found:
             return Spectra(self.found[work], None, stored.rounding)
         gram = self.grams.pop(work, None)
-        try:
-            return measure(work, _moved(stored, self.device), gain, gram=gram)
-        except torch.OutOfMemoryError:  # of a GPU, which others may use too
-            w = stored.matrix
-            here = replace(stored, matrix=w if isinstance(w, Factored) else w.cpu())
-        return measure(work, here, gain, gram=gram)
+        return with_room(lambda device: measure(work, _moved(stored, device), gain, gram=gram), self.device)
 
     def _in_data(self, work: Work, stored: Stored) -> Spectra:
         sight = self.sights[work]
-        spectra = measure_in_data(work, _moved(stored, self.device), sight)
+        spectra = with_room(lambda device: measure_in_data(work, _moved(stored, device), sight), self.device)
         metric = input_metric(sight) if spectra.metric == "data" else None
         told = None if metric is None else metric.power_times(1.0, torch.eye(work.ref.shape[1], dtype=torch.float64))
         if self.output.factors is not None:
@@ -338,11 +330,19 @@ class Bench:
     def _write_factors(self, ref: MatrixRef, stored: Stored, metric: Metric | None, keys: Keys) -> None:
         if self.output.factors is not None and not self._has_factors(ref, keys.content):
             rank, told = self.plan.settings.rank, (keys.content, keys.place)
-            write_factors(self.output.factors, ref, _moved(stored, self.device), metric, rank=rank, keys=told)
+            folder = self.output.factors
+            with_room(
+                lambda device: write_factors(folder, ref, _moved(stored, device), metric, rank=rank, keys=told),
+                self.device,
+            )
 
 
 def _moved(stored: Stored, device: torch.device) -> Stored:
     return stored if isinstance(stored.matrix, Factored) else replace(stored, matrix=upload(stored.matrix, device))
+
+
+def _at_once(matrices: list[torch.Tensor], device: torch.device) -> list[Spectrum | ValueError]:
+    return exact_each([upload(w, device) for w in matrices]) if matrices else []
 
 
 def _or_skipped(ref: MatrixRef, step: Callable[[], T]) -> T | tuple[Skipped, ...]:

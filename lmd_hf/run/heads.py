@@ -15,7 +15,15 @@ from lmd_hf.matrix.capacity import head_capacity_log10
 from lmd_hf.matrix.dimension import participation_ratio
 from lmd_hf.matrix.hopfield import Core, core_of, fold, ov_circuit, qk_circuit, read_core, token_norm
 from lmd_hf.records import UNREAD, MatrixRef
-from lmd_hf.run.workers import BATCHED_ON, count_workers, fitting, pick_device, single_torch_threads, worker_pool
+from lmd_hf.run.workers import (
+    BATCHED_ON,
+    count_workers,
+    fitting,
+    pick_device,
+    single_torch_threads,
+    with_room,
+    worker_pool,
+)
 from lmd_hf.run.world import World
 from lmd_hf.weights.heads import head_matrices
 from lmd_hf.weights.source import Source
@@ -99,9 +107,11 @@ def _attention(
         return [f"heads of '{heads[0].name}' {UNREAD}: {error}"]
     except (NoDataError, ValueError) as error:
         return [f"heads of '{heads[0].name}' left out: {error}"]
-    if device.type in BATCHED_ON and (cores := _cores_there(heads, matrices, folded, device)):
+    if device.type in BATCHED_ON:
+        cores = with_room(lambda where: _cores_there(heads, matrices, folded, where), device)
         return list(pool.map(lambda head, each: _row(head, each, folded), heads, cores))
-    return list(pool.map(lambda head: _row(head, _cores(head, matrices, folded), folded), heads))
+    here = {ref: replace(read, matrix=read.matrix.cpu()) for ref, read in matrices.items()}
+    return list(pool.map(lambda head: _row(head, _cores(head, here, folded), folded), heads))
 
 
 def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
@@ -150,14 +160,11 @@ def _cores(head: HeadRef, matrices: Matrices, folded: bool) -> Cores | ValueErro
 
 
 def _cores_there(heads: Attention, matrices: Matrices, folded: bool, device: torch.device) -> list[Cores | ValueError]:
-    """Of all heads of an attention on a device, as many at once as its memory takes; nothing where it takes not one."""
+    """Of all heads of an attention on a device, as many at once as its memory takes."""
+    there = {ref: replace(read, matrix=read.matrix.to(device)) for ref, read in matrices.items()}
     size = fitting([_bytes(head) for head in heads], len(heads), device)
-    try:
-        there = {ref: replace(read, matrix=read.matrix.to(device)) for ref, read in matrices.items()}
-        parts = [heads[start : start + size] for start in range(0, len(heads), size)]
-        return [each for part in parts for each in _cores_each(part, there, folded)]
-    except torch.OutOfMemoryError:
-        return []
+    parts = [heads[start : start + size] for start in range(0, len(heads), size)]
+    return [each for part in parts for each in _cores_each(part, there, folded)]
 
 
 def _cores_each(heads: Sequence[HeadRef], matrices: Matrices, folded: bool) -> list[Cores | ValueError]:

@@ -21,7 +21,7 @@ from lmd_hf.run.batches import Batches, load_batches
 from lmd_hf.run.loading import load_model, origin
 from lmd_hf.run.measure import Spectra, measure, spectrum
 from lmd_hf.run.taps import Tap, find_taps
-from lmd_hf.run.workers import MEMORY_SHARE, worker_pool
+from lmd_hf.run.workers import MEMORY_SHARE, with_room, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import Stored
@@ -174,9 +174,9 @@ def _prepare(
     found = gram_of(seen, graph, biased, data)
     if isinstance(found, str) or graph is None:
         return found if isinstance(found, str) else too_few(seen, data)
-    gram = found.to(device)
+    metric, gram = with_room(lambda where: (dense(moved := found.to(where)), moved), device)
     rows = seen.rows.to(torch.float64) - _center(seen, biased)
-    return Seen(_samples(seen, data), dense(gram), gram, rows, seen.examples, graph, dimensions, data)
+    return Seen(_samples(seen, data), metric, gram, rows, seen.examples, graph, dimensions, data)
 
 
 def gram_of(seen: Observed, graph: Graph | None, biased: bool, data: Data) -> Tensor | str:

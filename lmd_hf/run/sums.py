@@ -15,7 +15,7 @@ from torch import Tensor
 from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.matrix.kernels import lower_gram
 from lmd_hf.records import Piece, Plan, Work
-from lmd_hf.run.workers import upload, worker_pool
+from lmd_hf.run.workers import upload, with_room, worker_pool
 from lmd_hf.run.world import World
 from lmd_hf.weights.source import Source
 from lmd_hf.weights.stored import read_long
@@ -95,7 +95,8 @@ def _summed(work: Work, piece: Piece, source: Source, device: torch.device) -> T
     """The lower triangle of this piece's Gram product, in main memory; `None` where its rows cannot be read."""
     try:
         with worker_pool(1, 1):  # every core for one product
-            return lower_gram(upload(read_long(source, work.ref, piece.start, piece.stop), device)).cpu()
+            rows = read_long(source, work.ref, piece.start, piece.stop)
+            return with_room(lambda where: lower_gram(upload(rows, where)).cpu(), device)
     except (SourceError, FormatError, ValueError):
         return None
 

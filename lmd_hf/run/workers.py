@@ -4,9 +4,10 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import psutil
 import torch
@@ -27,6 +28,12 @@ MEMORY_AHEAD = 2**29  # bytes of a model whose turn has not come: all of a small
 AHEAD_SHARE = 0.1  # of the memory that is free, if that is less
 
 
+_first_call = (
+    threading.Lock()
+)  # torch loads a GPU's eigensolvers at the first call, which threads must not make together
+T = TypeVar("T")
+
+
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is the accelerator if there is one that does float64, else the CPU."""
     if name == "auto":
@@ -35,8 +42,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:  # a rank's own; worker threads would all take the first
             device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-        # torch loads a GPU's eigensolvers at the first call, which threads must not make together
-        torch.linalg.eigvalsh(torch.zeros(1, 1, dtype=torch.float64, device=device))
+        with _first_call:
+            torch.linalg.eigvalsh(torch.zeros(1, 1, dtype=torch.float64, device=device))
     except (RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
     return device
@@ -89,11 +96,24 @@ _hand = threading.local()  # a worker thread's device
 _streams = threading.local()
 
 
+def with_room(step: Callable[[torch.device], T], device: torch.device) -> T:
+    """A step on that device, or on the CPU where the device, which others may use too, has no memory left for it."""
+    try:
+        return step(device)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # so cuSOLVER says it
+            raise
+    return step(torch.device("cpu"))
+
+
 def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The matrix on this worker's device, or on `device` in a thread that has none of its own, in its stored type. On a
-    GPU this thread works in a stream of its own from here on, and the copy, from pinned memory, leaves the other
-    threads' kernels running; what is there already may still be written by the stream that made it."""
-    device = getattr(_hand, "device", device)
+    """The matrix on this worker's device, or on `device` in a thread that has none of its own, in its stored type; on
+    the CPU where that is asked for.
+
+    On a GPU this thread works in a stream of its own from here on, and the copy, from pinned memory, leaves the other
+    threads' kernels running; what is there already may still be written by the stream that made it.
+    """
+    device = device if device.type == "cpu" else getattr(_hand, "device", device)
     if device.type != "cuda":
         return matrix.to(device)
     if getattr(_streams, "device", None) != device:

@@ -41,6 +41,7 @@ class Ahead:
         """Break off what is under way too, and let go of what is here."""
         self.halt()
         self._own.fault = f"{self._own.repo_id}: not wanted any more"
+        self._own.ended.set()
         self._reads.clear()
 
 

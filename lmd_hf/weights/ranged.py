@@ -1,7 +1,6 @@
 """Byte ranges of the files of a Hub repository: in parallel, resumed where a connection broke, checked for length."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,6 +48,7 @@ class Connection:
     bytes_fetched: int = 0
     files_touched: set[str] = field(default_factory=set)
     fault: str = ""
+    ended: threading.Event = field(default_factory=threading.Event)  # nobody waits for its reads any more
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(CONNECTIONS, "lmd_hf.fetch"))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,7 +60,9 @@ class Connection:
 
     def apart(self) -> "Connection":
         """The same threads, for other reads: with counts and a fault of its own."""
-        return replace(self, bytes_fetched=0, files_touched=set(), fault="", lock=threading.Lock())
+        fresh = replace(self, bytes_fetched=0, files_touched=set(), fault="")
+        fresh.lock, fresh.ended = threading.Lock(), threading.Event()
+        return fresh
 
 
 @dataclass
@@ -127,7 +129,7 @@ class RemoteFile:
             again = f"try again in {wait:.0f} seconds" if wait else "check the connection and run again"
             self.connection.fault = f"{self.connection.repo_id}: gave up reading from the Hub ({reason}); {again}"
             raise SourceError(self.connection.fault)
-        time.sleep(min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) if wait is None else wait)
+        self.connection.ended.wait(min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) if wait is None else wait)
 
     def _stream(self, start: int, view: memoryview) -> Iterator[int]:
         """Write what one request brings into `view`, and say how much as it comes."""

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lmd_hf.errors import SourceError
 from lmd_hf.hub import annotate as annotate_module
 from lmd_hf.hub import batch
 from lmd_hf.hub.annotate import SUMMARY
@@ -154,18 +155,42 @@ def test_what_goes_wrong_ahead_is_read_at_its_turn(hub, put, meanwhile, monkeypa
     assert [outcome.status for outcome in annotate_each(names)] == ["drafted"] * 2
 
 
-def test_a_read_under_way_is_awaited_and_not_made_again(hub, put, meanwhile):
-    """The second model's turn comes while its first reads hang in a slow line."""
+def test_a_read_under_way_is_awaited_and_not_made_again(hub, put, monkeypatch):
+    """The second model's turn comes while its first reads hang."""
     names = put("llama")
+    release, read, analyze = threading.Event(), ranged.RemoteFile.read_into, annotate_module.analyze_one
 
-    def look(model):
-        if model == names[0]:
-            wait_for(lambda: ranges(hub, names[1]), "nothing came ahead")
+    def hang(file, start, view):
+        if threading.current_thread().name.startswith("lmd_hf.ahead"):
+            release.wait(PATIENCE)
+        read(file, start, view)
 
-    meanwhile(look)
-    hub.bandwidth = 100_000
+    def look(source, *others):
+        if source.identity.id == names[0]:
+            wait_for(lambda: any(t.name.startswith("lmd_hf.ahead") for t in threading.enumerate()), "nothing ahead")
+        else:
+            assert any(each.running() for each in source.ahead._reads.values())
+            threading.Timer(0.3, release.set).start()
+        return analyze(source, *others)
+
+    monkeypatch.setattr(ranged.RemoteFile, "read_into", hang)
+    monkeypatch.setattr(annotate_module, "analyze_one", look)
     assert [outcome.status for outcome in annotate_each(names)] == ["drafted"] * 2
     assert ranges(hub, names[0]) == ranges(hub, names[1])
+
+
+@pytest.mark.parametrize("error", [SourceError("the Hub is gone"), ZeroDivisionError("a mistake of ours")])
+def test_where_fetching_ahead_fails_the_model_is_opened_afresh(hub, put, monkeypatch, caplog, error):
+    """A read of its own has failed for good, as of the tensors that tell how a quantised model is packed."""
+    names = put("llama")
+
+    def fail(begun):
+        begun.source.connection.fault = "gave up"
+        raise error
+
+    monkeypatch.setattr(batch, "fetch", fail)
+    assert [outcome.status for outcome in annotate_each(names)] == ["drafted"] * 2
+    assert ("nothing was fetched ahead" in caplog.text) is not isinstance(error, SourceError)
 
 
 def test_a_model_that_another_process_takes_is_let_go(hub, put, meanwhile, tmp_path):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from lmd_hf.matrix.hopfield import (
+    core_of,
     fold,
     hopfield_class,
     ov_circuit,
     qk_circuit,
-    read_circuit,
+    read_core,
     token_norm,
     tokens_in_mass,
 )
@@ -20,6 +21,10 @@ D, N = 5, 40
 
 def dense(product):
     return product.scale * product.left.double() @ product.right.double()
+
+
+def read_circuit(product, *, one_stream):
+    return read_core(core_of(product, one_stream=one_stream))
 
 
 def score(matrix):

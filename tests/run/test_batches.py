@@ -207,3 +207,19 @@ def test_a_token_that_the_model_does_not_have_is_named(embedded, tmp_path, token
     path.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in ([1, 2], [3, token, 4])))
     with pytest.raises(SettingsError, match=f"token {token} is none of the model's"):
         load_batches(*embedded, Data(str(path)))
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_another(embedded, tmp_path, monkeypatch):
+    model, place = embedded
+    (tmp_path / "a.txt").write_text("import os\nx = 1 + 2 + 3 + 4 + 5\n")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place.name)
+    tokenizer.add_special_tokens({"pad_token": "<nowhere>"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    batches = load_batches(model, place, Data(str(tmp_path / "a.txt"), batch_size=2))
+    batch = batches[0]
+    assert batch["attention_mask"].min() == 0
+    assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {0}
+    forward(model, batch)

@@ -104,11 +104,13 @@ def test_factors_lose_the_same():
 
 def test_a_live_model_on_the_gpu_is_read_where_it_is():
     model = models.make("llama").cuda()
-    found, expected = (
-        lmd_hf.analyze(each, device=device, heads=True) for each, device in ((model, "cuda"), (model.cpu(), "cpu"))
-    )
-    for row, other in zip(found.matrices, expected.matrices, strict=True):
-        check(row, other, **CLOSE)
+    found = [lmd_hf.analyze(model, device=device, heads=True) for device in ("cuda", "cpu")]
+    assert next(model.parameters()).is_cuda
+    expected = lmd_hf.analyze(model.cpu(), device="cpu", heads=True)
+    for report in found:
+        for rows in ("matrices", "heads"):
+            for row, other in zip(getattr(report, rows), getattr(expected, rows), strict=True):
+                check(row, other, **CLOSE)
 
 
 def test_what_the_card_has_no_room_for_is_done_on_the_cpu():

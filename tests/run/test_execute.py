@@ -193,28 +193,51 @@ def test_batches_on_several_devices_give_the_same_numbers(save, tmp_path, monkey
 
 
 @pytest.mark.parametrize("batched_on", ["cpu", "cuda"])
-def test_where_a_gpu_is_full_the_cpu_goes_on(save, monkeypatch, batched_on):
-    """Its memory ends in a batch, and in every matrix by itself."""
+@pytest.mark.parametrize("told", ["CUDA out of memory", "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"])
+def test_where_a_gpu_is_full_the_cpu_goes_on(save, monkeypatch, tmp_path, batched_on, told):
+    """Its memory ends in every batch, in every matrix by itself, and where factors are written."""
     source = open_source(save("mixtral"))
-    plan = make_plan(list_matrices(source), source.identity, Settings(device="cpu"))
+    plan = make_plan(list_matrices(source), source.identity, Settings(device="cpu", rank=2))
     alone = execute(plan, source)
-    real, refused = execution.measure, []
+    refused = []
 
-    def full(work, stored, gain, gram=None):
-        if refused.count(work) == 0:
-            refused.append(work)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(work, stored, gain, gram=gram)
+    def full_at_first(step):
+        def call(*arguments, **options):
+            if len(refused) % 2 == 0:
+                refused.append(step)
+                raise torch.OutOfMemoryError(told) if "out of" in told else RuntimeError(told)
+            refused.append(None)
+            return step(*arguments, **options)
 
-    def none(matrices):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        return call
 
-    monkeypatch.setattr(execution, "measure", full)
-    monkeypatch.setattr(execution, "exact_each", none)
+    for name in ("measure", "exact_each", "write_factors"):
+        monkeypatch.setattr(execution, name, full_at_first(getattr(execution, name)))
     monkeypatch.setattr(execution, "BATCHED_ON", (batched_on,))
-    found = execute(plan, source)
-    assert len(refused) == len(alone.matrices)
-    assert found.matrices == alone.matrices
+    monkeypatch.setattr(execution, "worker_count", lambda *_: 1)
+    found = execute(plan, source, output=Output(factors=tmp_path))
+    assert {step.__name__ for step in refused if step} == {"write_factors", *(
+        ["exact_each"] if batched_on == "cpu" else []), "measure"}  # fmt: skip
+    assert len(found.matrices) == len(alone.matrices)
+    for row, other in zip(found.matrices, alone.matrices, strict=True):
+        np.testing.assert_allclose(row.singular_values, other.singular_values, rtol=1e-9, atol=1e-12)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(alone.matrices)
+
+
+def test_an_error_that_is_none_of_memory_is_not_tried_again(save, monkeypatch):
+    source = open_source(save("llama"))
+    plan = make_plan(list_matrices(source), source.identity, Settings(device="cpu"))
+    calls = []
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(execution, "measure", broken)
+    monkeypatch.setattr(execution, "worker_count", lambda *_: 1)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        execute(plan, source)
+    assert calls
 
 
 def test_progress_is_reported_in_this_thread(save):

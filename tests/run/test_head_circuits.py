@@ -209,12 +209,20 @@ def test_where_a_gpu_is_full_the_heads_are_done_on_the_cpu(save, monkeypatch):
     planned = plan_heads(list_matrices(source), Settings(heads=True))
     alone = measure_heads(planned, source, folded=False)
 
-    def none(products, **how):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    refused = []
+
+    def full_at_first(products, **how):
+        refused.append(len(products))
+        if len(refused) % 3 == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cores_each(products, **how)
 
     monkeypatch.setattr(run_heads, "BATCHED_ON", ("cpu",))
-    monkeypatch.setattr(run_heads, "cores_each", none)
-    assert measure_heads(planned, source, folded=False) == alone
+    monkeypatch.setattr(run_heads, "cores_each", full_at_first)
+    found = measure_heads(planned, source, folded=False)
+    assert refused == [models.HEADS] * 3 * models.L
+    for row, other in zip(found.rows, alone.rows, strict=True):
+        np.testing.assert_allclose(row.qk_singular_values, other.qk_singular_values, rtol=1e-9, atol=1e-14)
 
 
 def test_what_cannot_be_read_or_formed_is_a_note(save):

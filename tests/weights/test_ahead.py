@@ -82,3 +82,16 @@ def test_what_is_ended_breaks_off_in_the_middle(hub, source):
         time.sleep(0.01)
     hub.always = ""
     assert torch.equal(ahead.read(source.tensors[0]), MATRICES[source.tensors[0].name])
+
+
+def test_what_is_ended_waits_for_no_rate_limit(hub, source, monkeypatch):
+    monkeypatch.setattr(ranged, "FIRST_WAIT", 60)
+    hub.always = "error"
+    ahead = fetching(source, keys(source))
+    while not starts(hub):
+        time.sleep(0.01)
+    begun = time.monotonic()
+    ahead.forget()
+    while any(thread.name.startswith("lmd_hf.ahead") for thread in threading.enumerate()):
+        time.sleep(0.01)
+    assert time.monotonic() - begun < 10

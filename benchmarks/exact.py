@@ -1,6 +1,6 @@
 """The exact kernel against the floor and beside other ways to singular values, in one run.
 
-    python benchmarks/kernels.py [--runs 3]
+    python benchmarks/exact.py [--runs 3]
 
 The floor of a set of matrices is Σ (2·L·k² + 4/3·k³) over this machine's own float64 product rate, all cores (L the
 long side, k the short one); the tighter floor counts half of the first term, since a Gram matrix is symmetric. Ours is
