@@ -227,7 +227,7 @@ def test_two_processes(tmp_path):
     for name, with_callback in (("a", ""), ("b", "yes")):
         subprocess.run(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29655"),
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
                 *(str(Path(__file__)), str(tmp_path / name), with_callback),
             ],
             check=True,
@@ -246,3 +246,5 @@ if __name__ == "__main__":
     ran = run(out, *([LMDCallback(every=4, budget=None)] if sys.argv[2] else []), ddp_backend="gloo")
     if ran.is_world_process_zero():
         (out / "losses.json").write_text(json.dumps(losses(ran)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # or its threads may still run when the process ends, which aborts it

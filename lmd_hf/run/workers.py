@@ -40,11 +40,13 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no GPU here")
         if device.type == "cuda" and device.index is None:  # a rank's own; worker threads would all take the first
             device = torch.device("cuda", local_rank() % torch.cuda.device_count())
         with _first_call:
             torch.linalg.eigvalsh(torch.zeros(1, 1, dtype=torch.float64, device=device))
-    except (RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
     return device
 
