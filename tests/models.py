@@ -1,8 +1,11 @@
 """Tiny random models of every family, with the inputs that their forward pass takes."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as t
 
@@ -126,6 +129,13 @@ def make(family: str, seed: int = 0, **changes: Any) -> t.PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
     return model
+
+
+def write_ids(path: Path, count: int, length: int) -> str:
+    """So many sequences of that many token ids, as a dataset without padding; the path, as text."""
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(json.dumps({"input_ids": rng.integers(1, V, length).tolist()}) for _ in range(count)))
+    return str(path)
 
 
 def inputs(family: str) -> dict[str, torch.Tensor]:

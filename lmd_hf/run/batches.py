@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def load_batches(model: nn.Module, place: Origin, data: Data) -> Batches:
     order = sorted((i for i, ids in enumerate(sequences) if ids), key=lambda i: (len(sequences[i]), i))
     if not order:
         raise SettingsError(f"{data.dataset}: the dataset is empty; its column '{column}' gives no token")
-    known = _check_ids(model, sequences, data.dataset)
-    pad = pad if known is None or 0 <= pad < known else 0  # the mask hides it, but it is looked up
+    known = _vocabulary(model)
+    _check_ids(sequences, known, data.dataset)
+    pad = pad if 0 <= pad < known else 0  # the mask hides it, but it is looked up
     build = _text_builder(model, [sequences[i] for i in order], pad)
     if with_images:
         build = _both(build, _images(rows, [chosen[i] for i in order], with_images[0], place))
@@ -197,25 +199,22 @@ def _check_length(model: nn.Module, seq_len: int) -> None:
         raise _too_long(seq_len, positions)
 
 
-def _check_ids(model: nn.Module, sequences: list[list[int]], dataset: str) -> int | None:
-    """How many tokens the model knows, if that can be told. On a GPU an id that it does not know would end the process:
-    `SettingsError`."""
-    known = _vocabulary(model)
+def _check_ids(sequences: list[list[int]], known: float, dataset: str) -> None:
+    """On a GPU an id that the model does not know would end the process."""
     lowest, highest = (pick(pick(ids) for ids in sequences if ids) for pick in (min, max))
-    if known is not None and not 0 <= lowest <= highest < known:
+    if not 0 <= lowest <= highest < known:
         told = f"{dataset}: token {lowest if lowest < 0 else highest} is none of the model's {known:,}"
         raise SettingsError(f"{told}; take a dataset that its own tokenizer has made, or one of text")
-    return known
 
 
-def _vocabulary(model: Any) -> int | None:
-    """Rows of the table of tokens, which may be more than the configuration says."""
+def _vocabulary(model: Any) -> float:
+    """Rows of the table of tokens, which may be more than the configuration says; infinite where nothing tells."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         table = None
     known = getattr(table, "num_embeddings", getattr(_text_config(model), "vocab_size", None))
-    return known if isinstance(known, int) else None
+    return known if isinstance(known, int) else math.inf
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -56,8 +56,7 @@ class HeadStart:
 
 def unfinished(plan: Plan, source: Source, journal: Journal) -> list[Work]:
     """The works of a plan for one rank that have to be read, in its order."""
-    bench = Bench(plan, source, Output(journal), pick_devices(plan.settings.device))
-    return [work for index in plan.shards[0] if not bench.is_finished(work := plan.works[index])]
+    return Bench(plan, source, Output(journal), pick_devices(plan.settings.device)).unfinished()
 
 
 @contextmanager
@@ -68,7 +67,7 @@ def head_start(plan: Plan, source: Source, journal: Journal) -> Iterator[HeadSta
     planned from names alone stays valid wherever the final plan cuts the same matrix.
     """
     bench = Bench(plan, source, Output(journal), pick_devices(plan.settings.device))
-    works = unfinished(plan, source, journal)
+    works = bench.unfinished()
     workers = worker_count(works, bench.devices, source)
     with worker_pool(workers, len(works), bench.devices) as pool, reading_ahead(source, works) as reads:
         yield HeadStart({_entries(w.ref): (w, pool.submit(bench.spectra, reads, w)) for w in reads.works}, reads)
@@ -232,6 +231,10 @@ class Bench:
         """Whether the journal holds it for sure. Of a matrix that may repeat another, only reading tells."""
         place = self.place(work)
         return work.ref.tied_to is None and self.output.journal.has(place) and self._has_factors(work.ref, place)
+
+    def unfinished(self) -> list[Work]:
+        """Those of one rank that have to be read, in the plan's order."""
+        return [work for index in self.plan.shards[0] if not self.is_finished(work := self.plan.works[index])]
 
     def spectra(self, reads: ReadAhead, work: Work) -> Spectra:
         """Of one matrix, which is read for it."""

@@ -1,6 +1,6 @@
 """The Hopfield reading of every attention head, one attention at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -14,7 +14,7 @@ from lmd_hf.matrix.batched import cores_each
 from lmd_hf.matrix.capacity import head_capacity_log10
 from lmd_hf.matrix.dimension import participation_ratio
 from lmd_hf.matrix.hopfield import Core, core_of, fold, ov_circuit, qk_circuit, read_core, token_norm
-from lmd_hf.records import UNREAD, MatrixRef
+from lmd_hf.records import UNREAD, Factored, MatrixRef
 from lmd_hf.run.workers import (
     BATCHED_ON,
     count_workers,
@@ -32,6 +32,7 @@ from lmd_hf.weights.stored import read_gain, read_matrix
 
 Attention = tuple[HeadRef, ...]  # its heads, which share the matrices
 Outcome = HeadReport | str  # a row, or why there is none
+Reduce = Callable[..., list[Core | ValueError]]  # products to their cores
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _attention(
         cores = with_room(lambda where: _cores_there(heads, matrices, folded, where), device)
         return list(pool.map(lambda head, each: _row(head, each, folded), heads, cores))
     here = {ref: replace(read, matrix=read.matrix.cpu()) for ref, read in matrices.items()}
-    return list(pool.map(lambda head: _row(head, _cores(head, here, folded), folded), heads))
+    return list(pool.map(lambda head: _row(head, _cores([head], here, folded, _one_by_one)[0], folded), heads))
 
 
 def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
@@ -147,39 +148,38 @@ def _share(rows: HeadRows, matrices: Matrices, folded: bool) -> Tensor:
     return w if rows.after is None else w @ _share(rows.after, matrices, folded)
 
 
-def _cores(head: HeadRef, matrices: Matrices, folded: bool) -> Cores | ValueError:
-    """Of one head, on the CPU."""
-    used = factors_of(head, matrices, folded=folded)
-    one_stream = _is_of_one_stream(head, used)
-    try:
-        qk = core_of(qk_circuit(used.w_q_DI, used.w_k_DJ, head.scale), one_stream=one_stream)
-        ov = core_of(ov_circuit(used.w_o_OE, used.w_v_EJ), one_stream=one_stream)
-    except ValueError as error:
-        return error
-    return Cores(qk, ov, *_norms(head, used, matrices, folded))
-
-
 def _cores_there(heads: Attention, matrices: Matrices, folded: bool, device: torch.device) -> list[Cores | ValueError]:
     """Of all heads of an attention on a device, as many at once as its memory takes."""
     there = {ref: replace(read, matrix=read.matrix.to(device)) for ref, read in matrices.items()}
     size = fitting([_bytes(head) for head in heads], len(heads), device)
     parts = [heads[start : start + size] for start in range(0, len(heads), size)]
-    return [each for part in parts for each in _cores_each(part, there, folded)]
+    return [each for part in parts for each in _cores(part, there, folded, cores_each)]
 
 
-def _cores_each(heads: Sequence[HeadRef], matrices: Matrices, folded: bool) -> list[Cores | ValueError]:
-    """Of several heads of one attention, which have one shape, on the device that the matrices are on."""
+def _cores(heads: Sequence[HeadRef], matrices: Matrices, folded: bool, reduce: Reduce) -> list[Cores | ValueError]:
+    """Of several heads of one attention, which have one shape, where the matrices are."""
     used = [factors_of(head, matrices, folded=folded) for head in heads]
     one_stream = _is_of_one_stream(heads[0], used[0])
     pairs = list(zip(heads, used, strict=True))
-    qk = cores_each([qk_circuit(u.w_q_DI, u.w_k_DJ, head.scale) for head, u in pairs], one_stream=one_stream)
-    ov = cores_each([ov_circuit(u.w_o_OE, u.w_v_EJ) for u in used], one_stream=one_stream)
+    qk = reduce([qk_circuit(u.w_q_DI, u.w_k_DJ, head.scale) for head, u in pairs], one_stream=one_stream)
+    ov = reduce([ov_circuit(u.w_o_OE, u.w_v_EJ) for u in used], one_stream=one_stream)
     return [
         Cores(asked, written, *_norms(head, u, matrices, folded))
         if isinstance(asked, Core) and isinstance(written, Core)
         else next(each for each in (asked, written) if isinstance(each, ValueError))
         for (head, u), asked, written in zip(pairs, qk, ov, strict=True)
     ]
+
+
+def _one_by_one(products: Sequence[Factored], *, one_stream: bool) -> list[Core | ValueError]:
+    """As `cores_each`, by `core_of`."""
+    found: list[Core | ValueError] = []
+    for product in products:
+        try:
+            found.append(core_of(product, one_stream=one_stream))
+        except ValueError as error:
+            found.append(error)
+    return found
 
 
 def _is_of_one_stream(head: HeadRef, used: Factors) -> bool:

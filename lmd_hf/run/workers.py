@@ -27,11 +27,8 @@ MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 MEMORY_AHEAD = 2**29  # bytes of a model whose turn has not come: all of a small one, or
 AHEAD_SHARE = 0.1  # of the memory that is free, if that is less
 
-
-_first_call = (
-    threading.Lock()
-)  # torch loads a GPU's eigensolvers at the first call, which threads must not make together
 T = TypeVar("T")
+_first_call = threading.Lock()
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,7 +41,7 @@ def pick_device(name: str) -> torch.device:
             raise RuntimeError("torch sees no GPU here")
         if device.type == "cuda" and device.index is None:  # a rank's own; worker threads would all take the first
             device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-        with _first_call:
+        with _first_call:  # which loads a GPU's eigensolvers, and must not come from two threads together
             torch.linalg.eigvalsh(torch.zeros(1, 1, dtype=torch.float64, device=device))
     except (RuntimeError, AssertionError, TypeError) as error:
         raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None

@@ -40,8 +40,7 @@ class Ahead:
     def end(self) -> None:
         """Break off what is under way too, and let go of what is here."""
         self.halt()
-        self._own.fault = f"{self._own.repo_id}: not wanted any more"
-        self._own.ended.set()
+        self._own.end("not wanted any more")
         self._reads.clear()
 
 

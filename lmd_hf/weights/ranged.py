@@ -38,8 +38,8 @@ class _Again(Exception):
 class Connection:
     """What the files of one repository share: its headers, its threads, what was fetched, and a fault that ends it.
 
-    `cached(name)` is the path of a file that is on disk already. `fault` is set by what no further try can heal, so
-    that a thousand matrices do not each wait for a Hub that is gone.
+    `cached(name)` is the path of a file that is on disk already. `end` is for what no further try can heal, so that a
+    thousand matrices do not each wait for a Hub that is gone; whatever waits to try again stops waiting.
     """
 
     repo_id: str
@@ -48,7 +48,7 @@ class Connection:
     bytes_fetched: int = 0
     files_touched: set[str] = field(default_factory=set)
     fault: str = ""
-    ended: threading.Event = field(default_factory=threading.Event)  # nobody waits for its reads any more
+    ended: threading.Event = field(default_factory=threading.Event)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(CONNECTIONS, "lmd_hf.fetch"))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -57,6 +57,12 @@ class Connection:
         with self.lock:
             self.bytes_fetched += size
             self.files_touched.add(file)
+
+    def end(self, fault: str) -> SourceError:
+        """Read nothing more, for this reason."""
+        self.fault = f"{self.repo_id}: {fault}"
+        self.ended.set()
+        return SourceError(self.fault)
 
     def apart(self) -> "Connection":
         """The same threads, for other reads: with counts and a fault of its own."""
@@ -127,8 +133,7 @@ class RemoteFile:
     def _pause(self, tries: int, reason: str, wait: float | None) -> None:
         if tries == TRIES or (wait or 0) > LONGEST_DEMAND:
             again = f"try again in {wait:.0f} seconds" if wait else "check the connection and run again"
-            self.connection.fault = f"{self.connection.repo_id}: gave up reading from the Hub ({reason}); {again}"
-            raise SourceError(self.connection.fault)
+            raise self.connection.end(f"gave up reading from the Hub ({reason}); {again}")
         self.connection.ended.wait(min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) if wait is None else wait)
 
     def _stream(self, start: int, view: memoryview) -> Iterator[int]:
@@ -186,8 +191,7 @@ class RemoteFile:
         remedy = "gated; accept its terms on its page, then `hf auth login`"
         if code != "GatedRepo":
             remedy = f"the Hub refuses {self.name} ({status}); has the token expired? `hf auth login`, then run again"
-        self.connection.fault = f"{self.connection.repo_id}: {remedy}"
-        return SourceError(self.connection.fault)
+        return self.connection.end(remedy)
 
 
 @dataclass

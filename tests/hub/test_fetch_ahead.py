@@ -14,7 +14,6 @@ from lmd_hf.hub.annotate import SUMMARY
 from lmd_hf.hub.batch import annotate_each, work_off
 from lmd_hf.hub.queue import Queue
 from lmd_hf.run.journal import clear_kept
-from lmd_hf.weights import hub as hub_module
 from lmd_hf.weights import ranged
 
 
@@ -24,11 +23,8 @@ FAMILIES = ["llama", "bert", "gpt2", "mixtral"]  # names that tell all, names al
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """A header in one request, tensors in several, short waits."""
-    monkeypatch.setattr(hub_module, "FIRST_BYTES", FIRST)
-    monkeypatch.setattr(ranged, "PIECE", FIRST)
-    monkeypatch.setattr(ranged, "FIRST_WAIT", 0.01)
+def in_pieces(impatient):
+    impatient(FIRST)
 
 
 @pytest.fixture

@@ -23,11 +23,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """Two hundred sequences of twelve token ids."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
-    path.write_text("\n".join(json.dumps({"input_ids": rng.integers(1, 60, 12).tolist()}) for _ in range(200)))
-    return str(path)
+    return models.write_ids(tmp_path_factory.mktemp("data") / "ids.jsonl", 200, 12)
 
 
 def check(found, expected, **close):

@@ -7,6 +7,7 @@ import sys
 from importlib import resources
 
 import jsonschema
+import models
 import numpy as np
 import pytest
 import torch
@@ -25,11 +26,7 @@ SCHEMA = json.loads(resources.files("lmd_hf.report").joinpath("schema.json").rea
 
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory):
-    """Sixty sequences of eight token ids: no padding."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "ids.jsonl"
-    path.write_text("\n".join(json.dumps({"input_ids": rng.integers(1, 60, 8).tolist()}) for _ in range(60)))
-    return str(path)
+    return models.write_ids(tmp_path_factory.mktemp("data") / "ids.jsonl", 60, 8)
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +184,6 @@ def test_factors_are_those_of_the_data_metric(save, ids, llama, tmp_path):
 
 
 def test_a_live_module_is_observed_as_it_is(ids, llama):
-    import models
-
     module = models.make("llama").train()
     live = analyze(module, metric="data", data=settings(ids))
     assert module.training
@@ -197,7 +192,6 @@ def test_a_live_module_is_observed_as_it_is(ids, llama):
 
 
 def test_a_module_that_accelerate_keeps_on_disk_runs_layer_by_layer(ids, llama, tmp_path):
-    import models
     from accelerate import disk_offload
 
     module = models.make("llama")
@@ -234,8 +228,6 @@ def test_bad_input_is_one_clear_line(save, ids, changes, message):
 
 
 def test_inputs_that_are_nan_leave_the_identity_metric(save, ids, tmp_path):
-    import models
-
     module = models.make("llama")
     with torch.no_grad():
         module.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")

@@ -70,16 +70,22 @@ def test_what_goes_wrong_ahead_leaves_the_source_sound(hub, source, monkeypatch,
         source.read(source.tensors[1])
 
 
-def test_what_is_ended_breaks_off_in_the_middle(hub, source):
-    hub.always = "slow"
+def ended(hub, source):
+    """The source with reads ahead that were begun, and then ended: soon, whatever they were waiting for."""
     ahead = fetching(source, keys(source))
     while not starts(hub):
         time.sleep(0.01)
     begun = time.monotonic()
     ahead.forget()
     while any(thread.name.startswith("lmd_hf.ahead") for thread in threading.enumerate()):
-        assert time.monotonic() - begun < 8  # less than one read takes
+        assert time.monotonic() - begun < 8  # less than one slow read takes
         time.sleep(0.01)
+    return ahead
+
+
+def test_what_is_ended_breaks_off_in_the_middle(hub, source):
+    hub.always = "slow"
+    ahead = ended(hub, source)
     hub.always = ""
     assert torch.equal(ahead.read(source.tensors[0]), MATRICES[source.tensors[0].name])
 
@@ -87,11 +93,4 @@ def test_what_is_ended_breaks_off_in_the_middle(hub, source):
 def test_what_is_ended_waits_for_no_rate_limit(hub, source, monkeypatch):
     monkeypatch.setattr(ranged, "FIRST_WAIT", 60)
     hub.always = "error"
-    ahead = fetching(source, keys(source))
-    while not starts(hub):
-        time.sleep(0.01)
-    begun = time.monotonic()
-    ahead.forget()
-    while any(thread.name.startswith("lmd_hf.ahead") for thread in threading.enumerate()):
-        time.sleep(0.01)
-    assert time.monotonic() - begun < 10
+    ended(hub, source)

@@ -15,7 +15,6 @@ from lmd_hf.records import Settings, TensorRef
 from lmd_hf.run.journal import clear_kept
 from lmd_hf.run.plan import make_plan
 from lmd_hf.run.read_ahead import merged, spans
-from lmd_hf.weights import hub as hub_module
 from lmd_hf.weights import ranged
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
@@ -30,11 +29,8 @@ def files_of(folder):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """A header in one request, tensors in several, short waits."""
-    monkeypatch.setattr(hub_module, "FIRST_BYTES", FIRST)
-    monkeypatch.setattr(ranged, "PIECE", FIRST)
-    monkeypatch.setattr(ranged, "FIRST_WAIT", 0.01)
+def in_pieces(impatient):
+    impatient(FIRST)
 
 
 @pytest.fixture
