@@ -235,6 +235,8 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
     done = {index: outcome for share in shares for index, outcome in share.items()}
     failed = [f"{options.model[i]}: {error}" for i, error in sorted(done.items()) if isinstance(error, LmdError)]
     reports = [(options.model[i], report) for i, report in sorted(done.items()) if isinstance(report, Report)]
+    if options.out is not None:
+        _write_missing([(folders[i], report) for i, report in sorted(done.items()) if isinstance(report, Report)])
     if options.json:
         print(json.dumps([report.to_dict() for _, report in reports], indent=1, ensure_ascii=False))
     elif not options.quiet:
@@ -245,6 +247,16 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
         raise SourceError(f"{len(failed)} of {len(done)} models failed; the others are done")
     for _, report in reports:
         _check_complete(report)
+
+
+def _write_missing(reports: list[tuple[Path, Any]]) -> None:
+    """What another machine has written to a disk that this one does not see."""
+    from lmd_hf.report.files import JSON
+
+    for folder, report in reports:
+        file = folder / JSON
+        if not file.is_file() or file.read_text(encoding="utf-8") != report.to_json():
+            _write_report(folder, report)
 
 
 def _finish(report: Any, options: argparse.Namespace) -> None:

@@ -23,3 +23,7 @@ class SettingsError(LmdError):
 
 class OutputError(LmdError):
     """The result cannot be written where it was asked for; what was there before is untouched."""
+
+
+class ProcessError(LmdError):
+    """Another process of this run cannot be reached, or has ended; what is finished is kept."""

@@ -7,7 +7,6 @@ cannot read its rows says so in place of the sum; the owner then sums the whole 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +70,7 @@ def shared_sums(
     owned = [i for i in plan.shards[world.rank] if i in cut and not is_finished(plan.works[i])]
     owners = {index: rank for rank, indices in enumerate(world.gather(owned)) for index in indices}
     kept: dict[Piece, Tensor | None] = {}
-    sending: list[tuple[Any, Tensor]] = []  # with what is sent, which must live until it has arrived
+    sending: list[Callable[[], None]] = []
     wanted = [piece for piece in plan.pieces[world.rank] if piece.work in owners]
     for piece in sorted(wanted, key=lambda piece: _turn(piece, plan, owners)):
         part = _summed(plan.works[piece.work], piece, source, device)
@@ -80,10 +79,10 @@ def shared_sums(
         else:
             messages = [torch.tensor([0 if part is None else 1])]
             messages += [] if part is None else [block.contiguous() for block in _blocks(part)]
-            sending += [(world.send(message, owners[piece.work]), message) for message in messages]
+            sending += [world.send(message, owners[piece.work]) for message in messages]
     yield Sums(plan, world, tuple(owned), kept)
-    for message, _ in sending:
-        message.wait()
+    for arrived in sending:
+        arrived()
 
 
 def _turn(piece: Piece, plan: Plan, owners: dict[int, int]) -> tuple[int, int]:

@@ -1,10 +1,13 @@
 """The processes that share one run. A process by itself is a world of one, and nothing else differs."""
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from itertools import count, pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -13,13 +16,16 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lmd_hf.errors import LmdError, SettingsError
+from lmd_hf.compat import local_processes
+from lmd_hf.errors import LmdError, ProcessError, SettingsError
 
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MEETING = timedelta(minutes=5)  # for processes that were started together to find each other
 PATIENCE = timedelta(days=7)  # for the others' largest matrices; that a rank has died is noticed at once
+NETWORK = "GLOO_SOCKET_IFNAME"  # the interface through which gloo is to be reached
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` always sets
 
 
@@ -54,7 +60,8 @@ class _Shared:
 
     def add(self, amount: float) -> float:
         """Add, and return the sum."""
-        return float(self.store.add(self.name, round(amount)))
+        with _talk():
+            return float(self.store.add(self.name, round(amount)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class World:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value, group=self.group)
+        with _talk():
+            torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
     def shared_out(self, items: Sequence[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
@@ -85,17 +93,20 @@ class World:
         """The sum of every rank's tensor, on every rank; of a CPU tensor, which may be overwritten. All have to call
         it, with tensors of one shape."""
         if self.group is not None:
-            torch.distributed.all_reduce(mine, group=self.group)
+            with _talk():
+                torch.distributed.all_reduce(mine, group=self.group)
         return mine
 
-    def send(self, value: Tensor, rank: int) -> Any:
-        """Begin to send a CPU tensor; `wait` of what this returns ends when it has arrived. What is sent to one rank
-        arrives in that order."""
-        return torch.distributed.isend(value, rank, group=self.group)
+    def send(self, value: Tensor, rank: int) -> Callable[[], None]:
+        """Begin to send a CPU tensor, which must stay as it is until what this returns, once called, has returned: then
+        it has arrived. What is sent to one rank arrives in that order."""
+        with _talk():
+            return partial(_wait, torch.distributed.isend(value, rank, group=self.group), value)
 
     def receive(self, into: Tensor, rank: int) -> Tensor:
         """The next tensor that a rank has sent here, once it has come."""
-        torch.distributed.recv(into, rank, group=self.group)
+        with _talk():
+            torch.distributed.recv(into, rank, group=self.group)
         return into
 
     def together(self, stage: Callable[[], T]) -> T:
@@ -126,15 +137,39 @@ class World:
     def leave(self) -> None:
         """Wait for the others, so that none loses a peer in mid-talk, and end the connections."""
         if self.group is not None:
-            torch.distributed.barrier(group=self.group)
+            with _talk():
+                torch.distributed.barrier(group=self.group)
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _talk() -> Iterator[None]:
+    """What is said to other ranks, or heard of them, in this context raises `ProcessError` where one is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has no class of its own for it
+        raise ProcessError(
+            f"another process of this run has ended or cannot be reached ({_first_line(error)}); "
+            "run the same command again: what is finished is kept"
+        ) from error
+
+
+def _wait(message: Any, _: Tensor) -> None:
+    """Until a message has arrived; what it holds lives until then."""
+    with _talk():
+        message.wait()
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
 
 
 def join(device: str = "auto") -> World:
     """The world that torchrun or `accelerate launch` started this process in; a world of one without them.
 
     On CPUs the processes talk through gloo, also where each has a GPU: what they exchange lies in main memory. Raises
-    `SettingsError` where a launcher was asked for several processes and started one (see `one_of_many`).
+    `SettingsError` where a launcher was asked for several processes and started one (see `one_of_many`), and
+    `ProcessError` where they do not find each other.
     """
     if wanted := one_of_many():
         raise SettingsError(
@@ -145,14 +180,42 @@ def join(device: str = "auto") -> World:
         return World()
     from accelerate import PartialState
 
+    if NETWORK not in os.environ and (name := _network()):
+        os.environ[NETWORK] = name
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    # without cpu=True every rank of a machine without an accelerator believes that it is alone
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-    if state.num_processes < 2:
-        raise SettingsError("WORLD_SIZE is set, but no process group came up; unset it, or start through torchrun")
-    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-    world = World(state.process_index, state.num_processes, group=group)
-    return replace(world, store=_open_store(world))
+    try:
+        # without cpu=True every rank of a machine without an accelerator believes that it is alone
+        state = PartialState(cpu=on_cpu, timeout=MEETING)
+        if state.num_processes < 2:
+            raise SettingsError("WORLD_SIZE is set, but no process group came up; unset it, or start through torchrun")
+        torch.distributed.new_group(backend="gloo", timeout=MEETING)  # who cannot be reached is not waited for longer
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        world = World(state.process_index, state.num_processes, group=group)
+        return replace(world, store=_open_store(world))
+    except RuntimeError as error:
+        raise ProcessError(
+            f"the processes of this run do not reach each other ({_first_line(error)}); if they are on several "
+            f"machines, set {NETWORK} on each to the interface of the network that joins them, as `ip addr` names it"
+        ) from error
+
+
+def _network() -> str | None:
+    """The name of the interface on the way to the machine of rank 0; `None` where all processes are on this one, or
+    this is that machine, which connects to the others and need not be found.
+
+    Gloo by itself listens where this machine's own name leads. On many that is the loopback, where no other machine is.
+    """
+    if local_processes() == int(os.environ["WORLD_SIZE"]):
+        return None
+    try:
+        family, kind, protocol, _, there = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as line:
+            line.connect(there)  # sends nothing, and tells this machine's own address on that way
+            here = line.getsockname()[0]
+    except OSError:
+        return None
+    names = (name for name, known in psutil.net_if_addrs().items() if here in (each.address for each in known))
+    return next((name for name in names if name not in ("lo", "lo0")), None)
 
 
 def _open_store(world: World) -> Any:

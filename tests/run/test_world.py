@@ -27,6 +27,12 @@ def launch(launcher, *arguments, **environment):
     )
 
 
+def launch_script(script, what):
+    return subprocess.run(
+        [*TORCHRUN, "--nproc_per_node", "2", str(script), what], capture_output=True, text=True, timeout=120
+    )
+
+
 def rows(text):
     return json.loads(text)["matrices"]
 
@@ -94,13 +100,17 @@ def test_a_cpu_launch_that_starts_one_process_is_an_error_with_the_remedy(save):
 
 
 DISAGREE = """
-import sys
+import os, sys
 from lmd_hf.errors import LmdError, SettingsError
 from lmd_hf.run.world import join
 world = join("cpu")
 try:
     if sys.argv[1] == "see":
         world.check_same(f"commit {world.rank}")
+    elif sys.argv[1] == "die":
+        if world.rank == 1:
+            os._exit(0)
+        world.gather("after")
     else:
         def fail():
             if world.rank == 1:
@@ -109,7 +119,8 @@ try:
 except LmdError as error:
     sys.stdout.write(f"{world.rank} {error}\\n")
     sys.stdout.flush()
-world.leave()
+if sys.argv[1] != "die":
+    world.leave()
 """
 
 
@@ -121,12 +132,27 @@ world.leave()
 def test_an_error_of_one_rank_is_everybodys(tmp_path, what, first, second):
     script = tmp_path / "script.py"
     script.write_text(DISAGREE)
-    answer = subprocess.run(
-        [*TORCHRUN, "--nproc_per_node", "2", str(script), what], capture_output=True, text=True, timeout=120
-    )
+    answer = launch_script(script, what)
     assert answer.returncode == 0, answer.stderr
     assert first in answer.stdout
     assert second in answer.stdout
+
+
+@pytest.mark.slow
+def test_the_others_hear_in_one_line_that_a_rank_has_died(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DISAGREE)
+    answer = launch_script(script, "die")
+    assert answer.stdout.startswith("0 another process of this run has ended or cannot be reached"), answer.stderr
+    assert "what is finished is kept" in answer.stdout
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other_name_the_remedy():
+    answer = launch([*TORCHRUN, "--nproc_per_node", "2"], "analyze", "/nowhere", GLOO_SOCKET_IFNAME="nowhere")
+    assert answer.returncode == 1
+    assert "lmd-hf: the processes of this run do not reach each other" in answer.stderr
+    assert "set GLOO_SOCKET_IFNAME on each" in answer.stderr
 
 
 @pytest.mark.slow
