@@ -1,6 +1,8 @@
 """Shared fixtures. The loopback Hub starts before huggingface_hub is imported, which reads its endpoint only once."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,12 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )
 os.environ.pop("HF_TOKEN", None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a test that waits, for a browser, a process or a clock, leaves its core idle."""
+    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.fixture(autouse=True)

@@ -118,8 +118,8 @@ def test_where_there_is_no_bound_the_reason_is_said():
         (nn.Sequential(nn.Linear(4, 4), transformers.activations.ReLUSquaredActivation()), "square"),
         (Squared(), "joins branches"),
         (Branching(), "cannot be followed"),
-        (nn.MultiheadAttention(4, 1), ""),
-        (nn.Bilinear(3, 3, 2), ""),
+        (nn.MultiheadAttention(4, 1), "cannot be followed"),
+        (nn.Bilinear(3, 3, 2), "several inputs"),
     ):
         with pytest.raises(NoBoundError, match=reason):
             lipschitz_bound(model)
