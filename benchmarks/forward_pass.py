@@ -21,6 +21,7 @@ import torch
 from small_inputs import RUN_ERRORS, alone, whole
 from torch import Tensor, nn
 
+from lmd_hf.compat import run_experts_on_cpu
 from lmd_hf.records import MatrixRef
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import Source, open_source
@@ -93,6 +94,7 @@ def judge_forward(model: nn.Module) -> Outcome:
         model.save_pretrained(folder)  # type: ignore[operator]
         source = open_source(folder)
         loaded = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+        run_experts_on_cpu(loaded)
         refs = [ref for ref in list_matrices(source).selected if ref.block in (*ATTENTION, *MLP)]
         held = follow(source, refs, model_class, loaded.config)
         for index in unlike(source, refs, held, loaded):

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lmd_hf.compat import run_experts_on_cpu
 from lmd_hf.weights.adapter import BUILD_ERRORS
 
 
@@ -219,6 +220,7 @@ def build(model_type: str, class_name: str) -> Iterator[nn.Module]:
             error = failure
             continue
         built = True
+        run_experts_on_cpu(model)
         randomise(model)
         yield model
     if not built:

@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +19,11 @@ __all__ = [
     "checkpoint_key_map",
     "local_processes",
     "local_rank",
+    "output_to_errors",
     "rank",
     "redirect_errors",
     "resolve_commit",
+    "run_experts_on_cpu",
     "tomllib",
     "unreachable_errors",
 ]
@@ -119,3 +123,26 @@ def _httpx() -> Any:
     except ImportError:
         import httpx
     return httpx
+
+
+def run_experts_on_cpu(model: Any) -> None:
+    """Let a model of transformers run its experts one by one where torch cannot multiply them as groups on a CPU, which
+    transformers takes for granted (torch 2.8)."""
+    import torch
+
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU"):
+        model.set_experts_implementation("eager")
+
+
+@contextmanager
+def output_to_errors() -> Iterator[None]:
+    """What native code writes to stdout in this context goes to stderr: gloo tells there, in torch 2.8, how many ranks
+    it is connected to, in the middle of what is to be JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import transformers as t
 
+from lmd_hf.compat import run_experts_on_cpu
+
 
 H, F, L, V = 32, 48, 2, 60  # hidden, feed-forward, layers, vocabulary: all different, so that a swapped axis shows
 HEADS, KV = 4, 2
@@ -128,6 +130,7 @@ def make(family: str, seed: int = 0, **changes: Any) -> t.PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
+    run_experts_on_cpu(model)
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from torch import Tensor, nn
 
-from lmd_hf.compat import local_processes
+from lmd_hf.compat import local_processes, run_experts_on_cpu
 from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.run.workers import pick_device
 from lmd_hf.weights.adapter import BUILD_ERRORS
@@ -93,6 +93,8 @@ def load_again(source: Source, place: Origin, device: str) -> nn.Module:
     if target.type != "cpu":
         options = {"dtype": "auto", "device_map": "auto" if device == "auto" and local_processes() == 1 else target}
     model: nn.Module = place.load(factory, **options, trust_remote_code=False)
+    if target.type == "cpu":
+        run_experts_on_cpu(model)
     return model
 
 

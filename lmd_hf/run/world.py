@@ -1,6 +1,7 @@
 """The processes that share one run. A process by itself is a world of one, and nothing else differs."""
 
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lmd_hf.compat import local_processes
+from lmd_hf.compat import local_processes, output_to_errors
 from lmd_hf.errors import LmdError, ProcessError, SettingsError
 
 
@@ -161,7 +162,8 @@ def _wait(message: Any, _: Tensor) -> None:
 
 
 def _first_line(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0]
+    """The first sentence; what follows says where in torch, and where to ask."""
+    return re.split(r"\.?\s*\n|\. ", str(error))[0]
 
 
 def join(device: str = "auto") -> World:
@@ -178,25 +180,29 @@ def join(device: str = "auto") -> World:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return World()
-    from accelerate import PartialState
-
     if NETWORK not in os.environ and (name := _network()):
         os.environ[NETWORK] = name
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
     try:
-        # without cpu=True every rank of a machine without an accelerator believes that it is alone
-        state = PartialState(cpu=on_cpu, timeout=MEETING)
-        if state.num_processes < 2:
-            raise SettingsError("WORLD_SIZE is set, but no process group came up; unset it, or start through torchrun")
-        torch.distributed.new_group(backend="gloo", timeout=MEETING)  # who cannot be reached is not waited for longer
-        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        world = World(state.process_index, state.num_processes, group=group)
-        return replace(world, store=_open_store(world))
+        with output_to_errors():
+            return _meet(on_cpu=device == "cpu" or not torch.cuda.is_available())
     except RuntimeError as error:
         raise ProcessError(
             f"the processes of this run do not reach each other ({_first_line(error)}); if they are on several "
             f"machines, set {NETWORK} on each to the interface of the network that joins them, as `ip addr` names it"
         ) from error
+
+
+def _meet(*, on_cpu: bool) -> World:
+    from accelerate import PartialState
+
+    # without cpu=True every rank of a machine without an accelerator believes that it is alone
+    state = PartialState(cpu=on_cpu, timeout=MEETING)
+    if state.num_processes < 2:
+        raise SettingsError("WORLD_SIZE is set, but no process group came up; unset it, or start through torchrun")
+    torch.distributed.new_group(backend="gloo", timeout=MEETING)  # who cannot be reached is not waited for longer
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    world = World(state.process_index, state.num_processes, group=group)
+    return replace(world, store=_open_store(world))
 
 
 def _network() -> str | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as t
 
+from lmd_hf.compat import run_experts_on_cpu
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 
@@ -73,6 +74,7 @@ def build(name):
     torch.manual_seed(0)
     model_class = getattr(t, class_name)
     model = model_class(model_class.config_class(**options)).eval()
+    run_experts_on_cpu(model)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias") or "_bias" in parameter_name:
