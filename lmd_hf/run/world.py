@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 MEETING = timedelta(minutes=5)  # for processes that were started together to find each other
 PATIENCE = timedelta(days=7)  # for the others' largest matrices; that a rank has died is noticed at once
 NETWORK = "GLOO_SOCKET_IFNAME"  # the interface through which gloo is to be reached
+TOLD = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun to each process, beside WORLD_SIZE
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # by mpirun: Open MPI, MPICH and Intel, MVAPICH
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` always sets
 
 
@@ -170,8 +172,8 @@ def join(device: str = "auto") -> World:
     """The world that torchrun or `accelerate launch` started this process in; a world of one without them.
 
     On CPUs the processes talk through gloo, also where each has a GPU: what they exchange lies in main memory. Raises
-    `SettingsError` where a launcher was asked for several processes and started one (see `one_of_many`), and
-    `ProcessError` where they do not find each other.
+    `SettingsError` where a launcher was asked for several processes and started one (see `one_of_many`), for mpirun,
+    and for a WORLD_SIZE that no launcher has set; `ProcessError` where the processes do not find each other.
     """
     if wanted := one_of_many():
         raise SettingsError(
@@ -179,7 +181,10 @@ def join(device: str = "auto") -> World:
             f"use `torchrun --nproc_per_node {wanted} -m lmd_hf …`"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        _refuse_mpi()
         return World()
+    if missing := [name for name in TOLD if name not in os.environ]:
+        raise SettingsError(f"WORLD_SIZE is set, {' and '.join(missing)} not; unset it, or start through torchrun")
     if NETWORK not in os.environ and (name := _network()):
         os.environ[NETWORK] = name
     try:
@@ -192,13 +197,21 @@ def join(device: str = "auto") -> World:
         ) from error
 
 
+def _refuse_mpi() -> None:
+    """Processes of mpirun would each do all of the work."""
+    started = next((os.environ[name] for name in MPI_SIZES if name in os.environ), "1")
+    if started != "1":
+        raise SettingsError(
+            f"mpirun started {started} processes, which would each do the whole work; "
+            f"use `torchrun --nproc_per_node {started} -m lmd_hf …`"
+        )
+
+
 def _meet(*, on_cpu: bool) -> World:
     from accelerate import PartialState
 
     # without cpu=True every rank of a machine without an accelerator believes that it is alone
     state = PartialState(cpu=on_cpu, timeout=MEETING)
-    if state.num_processes < 2:
-        raise SettingsError("WORLD_SIZE is set, but no process group came up; unset it, or start through torchrun")
     torch.distributed.new_group(backend="gloo", timeout=MEETING)  # who cannot be reached is not waited for longer
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     world = World(state.process_index, state.num_processes, group=group)

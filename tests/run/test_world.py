@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from lmd_hf import analyze
-from lmd_hf.errors import SourceError
+from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.run.journal import clear_kept
-from lmd_hf.run.world import World
+from lmd_hf.run.world import World, join
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -97,6 +97,23 @@ def test_a_cpu_launch_that_starts_one_process_is_an_error_with_the_remedy(save):
     assert answer.returncode == 1
     assert "was asked for 2 processes and started one" in answer.stderr
     assert "use `torchrun --nproc_per_node 2 -m lmd_hf" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        (
+            {"WORLD_SIZE": "2", "RANK": "0"},
+            "LOCAL_RANK and MASTER_ADDR and MASTER_PORT not; unset it, or start through",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
+    ],
+)
+def test_processes_that_cannot_share_the_work_are_refused(monkeypatch, environment, told):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=told):
+        join("cpu")
 
 
 DISAGREE = """
