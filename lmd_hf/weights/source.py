@@ -1,6 +1,7 @@
 """Where a model's tensors are: a folder, a file, a Hub repository or a live module. One tensor is read at a time."""
 
 import mmap
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -224,10 +225,10 @@ def open_source(
         from lmd_hf.weights.live import open_live
 
         return open_live(model)
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(model))  # which, unlike those of Path, raise nothing for names that cannot be
+    if os.path.isfile(path):
         return _open_file(path)
-    if (path / subfolder).is_dir():
+    if os.path.isdir(path / subfolder):
         return open_folder(path / subfolder, identifier=str(model))
     text = str(model)
     if text == EMBEDDED_ID and revision is None:
@@ -249,7 +250,7 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
     names, index = weight_files(present, str(folder)), None
     below = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.suffix in WEIGHTS]
     if names[0].endswith(".json"):
-        index = read_index((folder / names[0]).read_bytes(), f"{folder}/{names[0]}")
+        index = read_index(_file(folder / names[0]).read_bytes(), f"{folder}/{names[0]}")
         names = index.shards
         if absent := [name for name in names if name not in present]:
             raise FormatError(f"{index.where}: names {len(absent)} shards that are absent, first '{absent[0]}'")
@@ -266,6 +267,13 @@ def _open_file(path: Path) -> FileSource:
     return from_files(path.parent, [path.name], read_config(path.parent / config_file([path.name])), str(path))
 
 
+def _file(path: Path) -> Path:
+    """The path; `SourceError` if no file is there, before something waits for a pipe to be written."""
+    if not path.is_file():
+        raise SourceError(f"{path}: not a file but a folder, a pipe or a link that leads nowhere; put the file there")
+    return path
+
+
 def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, identifier: str) -> FileSource:
     """These files of a folder as a source; their headers are read, and checked."""
     files: list[WeightFile] = []
@@ -274,7 +282,7 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
     pickles: dict[str, Pickled] = {}
     notes: list[str] = []
     for name in names:
-        path = folder / name
+        path = _file(folder / name)
         if path.suffix == ".gguf":
             found, told = read_gguf(path, name)
             config = {**told, **(config or {})}
@@ -287,9 +295,7 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
         else:
             found = read_local_header(path, name)
         tensors += [tensor for tensor in found if tensor.name not in shared]
-        blob = path.resolve().name  # in the Hub's cache a weight file is a link to a blob called by its hash
-        size = path.stat().st_size
-        files.append(WeightFile(name, size, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))
+        files.append(WeightFile(name, path.stat().st_size, _blob_hash(path)))
     identity = make_identity(identifier, None, None, config, files)
     if config is not None and is_adapter(config):
         notes.append(adapter_note(config))
@@ -307,6 +313,14 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
 
         return join(source, tensors)
     return replace(source, tensors=unique(tensors), shared=tuple(shared.items()))
+
+
+def _blob_hash(path: Path) -> str | None:
+    """The SHA-256 of a file in the Hub's cache: REPO/snapshots/COMMIT/… links to REPO/blobs/HASH. Elsewhere a name is
+    but a name."""
+    blob = path.resolve()
+    cached = blob.parent.name == "blobs" and blob.parent.with_name("snapshots") in path.parent.resolve().parents
+    return blob.name if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
 
 
 def _pickled_header(pickled: Pickled, file: str) -> tuple[TensorRef, ...]:
