@@ -233,11 +233,7 @@ def open_source(
     text = str(model)
     if text == EMBEDDED_ID and revision is None:
         return open_folder(EMBEDDED_FOLDER, identifier=text)
-    if (
-        re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", text)
-        and not text.startswith((".", "~"))
-        and path.suffix not in (".safetensors", ".gguf", *PICKLES)
-    ):
+    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", text) and not text.startswith((".", "~")) and path.suffix not in WEIGHTS:
         from lmd_hf.weights.hub import open_repository
 
         return open_repository(text, revision=revision, subfolder=subfolder, token=token, download=download)
@@ -248,7 +244,6 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
     """A folder in Hub layout: config.json and model.safetensors, or shards with their index, or another weight file."""
     present = sorted(path.name for path in folder.iterdir())
     names, index = weight_files(present, str(folder)), None
-    below = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.suffix in WEIGHTS]
     if names[0].endswith(".json"):
         index = read_index(_file(folder / names[0]).read_bytes(), f"{folder}/{names[0]}")
         names = index.shards
@@ -257,11 +252,13 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
     source = from_files(folder, names, read_config(folder / config_file(names)), identifier)
     if index is not None:
         index.check(source.tensors)
-    return replace(source, notes=(*source.notes, *unread_files([*present, *below], names)))
+    near = [path for path in (*folder.iterdir(), *folder.glob("*/*")) if path.suffix in WEIGHTS and path.is_file()]
+    unread = unread_files([path.relative_to(folder).as_posix() for path in near], names)
+    return replace(source, notes=(*source.notes, *unread))
 
 
 def _open_file(path: Path) -> FileSource:
-    if path.suffix not in (".safetensors", ".gguf", *PICKLES):
+    if path.suffix not in WEIGHTS:
         kinds = "a folder, a .safetensors, .gguf or .bin file, or a Hub id"
         raise SourceError(f"{path}: not a weight file; give {kinds}")
     return from_files(path.parent, [path.name], read_config(path.parent / config_file([path.name])), str(path))

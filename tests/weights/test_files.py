@@ -17,7 +17,7 @@ from torch import nn
 import lmd_hf
 from lmd_hf.errors import FormatError, LmdError, SourceError
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.repository import weight_files
+from lmd_hf.weights.repository import unread_files, weight_files
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_stored
 
@@ -232,6 +232,32 @@ def test_which_file_is_read(present, chosen):
 def test_weights_in_parts_name_the_way_to_whole_ones(present, remedy):
     with pytest.raises(SourceError, match=f"^here: no .*weights in it; .*{remedy}"):
         weight_files(present.split(), "here")
+
+
+@pytest.mark.parametrize(
+    ("present", "read", "named"),
+    [
+        ("model.safetensors q4.gguf quantised/q8.gguf", "model.safetensors", "q4.gguf quantised/q8.gguf"),
+        ("pytorch_model.bin q4.gguf mm_projector.bin", "pytorch_model.bin", "mm_projector.bin q4.gguf"),
+        ("model.safetensors reward.pt head.pth", "model.safetensors", "head.pth reward.pt"),
+        ("a.safetensors a.bin pytorch_model.bin open_clip_pytorch_model.bin", "a.safetensors", ""),
+        ("adapter_model.safetensors adapter_model.bin", "adapter_model.safetensors", ""),
+        ("model.safetensors voices/af.pt openvino/openvino_model.bin", "model.safetensors", ""),
+        ("pytorch_model.bin training_args.bin optimizer.pt scheduler.bin rng_state_0.pth", "pytorch_model.bin", ""),
+        ("model.safetensors sampler.bin dl_state_dict.bin custom_checkpoint_0.pkl optim.pt", "model.safetensors", ""),
+        ("checkpoint-5/optimizer.bin checkpoint-5/training_args.bin model.pt", "model.pt", ""),
+    ],
+)
+def test_which_files_are_named_as_unread(present, read, named):
+    said = ", ".join(named.split()) + ("; --subfolder reads a folder" if "/" in named else "")
+    assert unread_files(present.split(), [read]) == ((f"weight files not read: {said}",) if named else ())
+
+
+def test_files_beside_the_model_are_named_and_folders_are_not(tmp_path):
+    save_file({"a.weight": W}, tmp_path / "model.safetensors")
+    (tmp_path / "value_head.bin").write_bytes(b"never opened")
+    (tmp_path / "parts.bin").mkdir()
+    assert open_source(tmp_path).notes == ("weight files not read: value_head.bin",)
 
 
 def test_several_gguf_files_are_a_choice():
