@@ -53,13 +53,15 @@ class TensorRef:
 @dataclass(frozen=True)
 class LowRank:
     """An update ΔW = scale · left · right of thin factors, left (out, r) and right (r, in). `magnitude` is DoRA's
-    length of every row of the sum; `experts` > 1 says that so many experts' factors lie in the two tensors."""
+    length of every row of the sum; `experts` > 1 says that so many experts' factors lie in the two tensors; `unfit`
+    says why the two are no such factors."""
 
     left: TensorRef
     right: TensorRef
     scale: float
     magnitude: TensorRef | None = None
     experts: int = 1
+    unfit: str = ""
 
 
 @dataclass(frozen=True)
@@ -375,10 +377,8 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the paper's failure signatures: the measure, its threshold and the matrices that show it.
-
-    `status` is `found`, `not found` or `not measured`.
-    """
+    """One of the paper's failure signatures: the measure, its threshold and the matrices that show it. `status` is
+    `found`, `not found` or `not measured`."""
 
     signature: str
     status: str

@@ -37,7 +37,7 @@ from lmd_hf.weights.stored import Rounding, Stored
 LIBRARY = "lmd_hf"  # the folder among the cached assets
 SUFFIX = ".spectra"
 VERSION = (
-    f"2 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
+    f"3 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
 )
 PLACE = "@"  # how keys of places begin; one that is nothing more names none
 LONGEST_NAME = 120  # of a folder; of a long path its end

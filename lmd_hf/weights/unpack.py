@@ -284,9 +284,16 @@ def _grid_shape(grid: Tensor, shape: torch.Size) -> tuple[int, ...]:
     return (*grid.shape, *[1] * (len(shape) - grid.ndim))
 
 
+def real(values: Tensor, what: str = "scale") -> Tensor:
+    """The values themselves; `ValueError` if they are no floats."""
+    if values.dtype not in ROUNDOFF and values.dtype != torch.float8_e8m0fnu:
+        raise ValueError(f"its {what} is stored as {str(values.dtype).removeprefix('torch.')}, not as floats")
+    return values
+
+
 def exponent_or_float(scale: Tensor) -> Tensor:
     """Scales in float32; a byte is the exponent of a power of two, biased by 127 (E8M0)."""
-    return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else real(scale).float()
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
