@@ -10,7 +10,6 @@ import numpy as np
 
 STACKS = ("", "vision", "audio", "text", "encoder", "decoder")  # in the order of the forward pass
 ROLES = ("embed", "conv", "q", "k", "v", "kv", "o", "router", "gate", "up", "down", "ssm", "other", "head")
-
 UNREAD = "could not be read"  # how the reason of a `Skipped` begins whose bytes did not come
 
 
@@ -78,7 +77,7 @@ class Weight:
     """One weight as the network knows it: the name and shape that its module gives it, however it is stored.
 
     `format` is `plain` for a tensor that is the weight, else the layout of `tensors`, the largest of them first: packed
-    values, then scales, zero points and so on. `dtype` is that of the largest.
+    values, then scales, zero points and so on. `dtype` is that of the largest; `unread` says why they are no weight.
     """
 
     name: str
@@ -87,6 +86,7 @@ class Weight:
     format: str
     tensors: tuple[TensorRef, ...]
     low_rank: LowRank | None = None
+    unread: str = ""
 
 
 @dataclass(frozen=True)

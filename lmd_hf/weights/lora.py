@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmd_hf.errors import SourceError
 from lmd_hf.records import Factored, Inventory, LowRank, MatrixRef, TensorRef, Weight
-from lmd_hf.weights.unpack import real
+from lmd_hf.weights.grids import real
 
 
 ROOT = "base_model.model."  # PEFT's wrapper around the model

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from lmd_hf.records import Factored, LowRank, MatrixRef, NormRef, TensorRef
 from lmd_hf.weights.formats import unpack_weight
+from lmd_hf.weights.grids import ROUNDOFF, real
 from lmd_hf.weights.lora import multiplied, read_factors, updated
 from lmd_hf.weights.source import Source
-from lmd_hf.weights.unpack import ROUNDOFF, Unpacked
+from lmd_hf.weights.unpack import Unpacked
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def read_long(source: Source, ref: MatrixRef, start: int, stop: int) -> Tensor:
 
 
 def read_gain(source: Source, norm: NormRef) -> Tensor:
-    """γ, float64, of the norm that feeds a matrix."""
-    return source.read(norm.tensor).to(torch.float64).flatten() + norm.offset
+    """γ, float64, of the norm that feeds a matrix. `ValueError` if it is not stored as floats."""
+    return real(source.read(norm.tensor), "norm gain").to(torch.float64).flatten() + norm.offset
 
 
 def _read_low_rank(source: Source, ref: MatrixRef, pair: LowRank) -> Stored:
