@@ -49,14 +49,9 @@ class Spectra:
 
 
 def read_metric(source: Source, ref: MatrixRef, metric: str) -> torch.Tensor | None:
-    """The gain γ (I) whose metric is asked for; `None` where that is the identity, or no norm feeds the matrix.
-    `ValueError` for a gain of another length than the matrix's input."""
-    if metric == "identity" or ref.norm is None or ref.stored == "lora":
-        return None
-    gain = read_gain(source, ref.norm)
-    if len(gain) != ref.shape[1]:
-        raise ValueError(f"its input has {ref.shape[1]} entries, the norm gain '{ref.norm.tensor.name}' {len(gain)}")
-    return gain
+    """The gain γ whose metric is asked for; `None` where that is the identity, or no norm feeds the matrix. Raises
+    `ValueError` for one that does not fit."""
+    return None if metric == "identity" or ref.stored == "lora" else read_gain(source, ref)
 
 
 def procedure(work: Work) -> str:

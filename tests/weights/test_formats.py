@@ -444,7 +444,7 @@ def test_scales_and_gains_of_types_that_torch_lacks_are_not_taken_for_bytes(tmp_
     assert sum(f"is stored as {dtype}, which is not read" in s.reason for s in report.coverage.skipped) == 2
 
 
-@pytest.mark.parametrize("gain", [torch.ones(7), torch.ones(0), torch.ones(8, dtype=torch.uint8)])
+@pytest.mark.parametrize("gain", [torch.ones(7), torch.ones(1), torch.ones(0), torch.ones(8, dtype=torch.uint8)])
 def test_a_gain_that_does_not_fit_is_no_metric(tmp_path, gain):
     tensors = {"model.layers.0.self_attn.q_proj.weight": torch.eye(8), "model.layers.0.input_layernorm.weight": gain}
     save_file(tensors, tmp_path / "model.safetensors")
