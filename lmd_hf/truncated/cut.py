@@ -167,8 +167,8 @@ def _in_identity(base: Base, parts: Sequence[Part], data: Data | None) -> Sights
 
 def _in_norm(base: Base, parts: Sequence[Part], data: Data | None) -> Sights:
     for part in parts:
-        gain = part.ref.norm
-        yield part, Seen() if gain is None else Seen("norm", norm(read_gain(base.source, gain)))
+        gain = read_gain(base.source, part.ref)
+        yield part, Seen() if gain is None else Seen("norm", norm(gain))
 
 
 def _in_data(base: Base, parts: Sequence[Part], data: Data | None, *, name: str = "data") -> Sights:
