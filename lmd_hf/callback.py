@@ -1,5 +1,6 @@
 """`LMDCallback`: the matrices of a model while transformers' Trainer, or trl's, trains it."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -7,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyarrow import ArrowException
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lmd_hf import __version__
-from lmd_hf.errors import LmdError, SettingsError, SourceError
+from lmd_hf.errors import FormatError, LmdError, SettingsError, SourceError
 from lmd_hf.hub.section import place
-from lmd_hf.report.files import text_writer, write_folder
+from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.training.budget import FLOOR_SECONDS
 from lmd_hf.training.card import section
 from lmd_hf.training.tracker import LMDTracker
@@ -21,6 +24,8 @@ from lmd_hf.training.tracker import LMDTracker
 FOLDER, CARD, FIGURE = "lmd", "README.md", "lmd/evolution.png"  # below the Trainer's output folder
 WHEN = ("steps", "save", "epoch")
 PARTS = 100  # of a training, one measurement each where nothing else is asked for
+# what reading and writing may raise: our own refusals, the disk, text that is none, and the libraries that write
+UNTOLD = (LmdError, OSError, ValueError, ArrowException, SafetensorError)
 
 
 class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types for mypy
@@ -130,11 +135,11 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         """Put the section on this training into a model card, or begin one with it."""
         if self.tracker is None or not self.tracker.points:
             return
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
         with _no_reason_to_stop():  # a person has to decide; the card is as it was
-            written = place(text, body, lmd_hf=__version__)
-            write_folder(card.parent, {card.name: text_writer(written)})
+            there = Path(os.path.realpath(card))  # what a link leads to
+            body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
+            written = place(_text_of(there), body, lmd_hf=__version__)
+            write_folder(there.parent, {there.name: bytes_writer(written.encode())})
 
     def _is_turn(self) -> bool:
         self._count += 1
@@ -143,9 +148,10 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     def _measure(self, state: TrainerState, floor: float = 0.0) -> None:
         if self.tracker is not None and not self._sharded:
             self.tracker.steps, before = state.global_step, len(self.tracker.points)
-            means = self.tracker.measure(floor=floor)
-            if len(self.tracker.points) > before:
-                self._pending = means
+            with _no_reason_to_stop():
+                means = self.tracker.measure(floor=floor)
+                if len(self.tracker.points) > before:
+                    self._pending = means
 
     def _open_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
         """Measure the checkpoint that was just saved, or say why that cannot be."""
@@ -162,8 +168,16 @@ def _no_reason_to_stop() -> Iterator[None]:
     """What we cannot read or write becomes a warning: the training is worth more than what is told of it."""
     try:
         yield
-    except LmdError as error:
+    except UNTOLD as error:
         warnings.warn(f"LMDCallback goes on without: {error}", stacklevel=4)
+
+
+def _text_of(card: Path) -> str:
+    """The card with the line breaks that it has, "" where there is none."""
+    try:
+        return card.read_bytes().decode() if card.is_file() else ""
+    except UnicodeDecodeError:
+        raise FormatError(f"{card}: not UTF-8, which the Hub requires; convert it first") from None
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -104,12 +104,30 @@ def test_the_section_survives_the_card_that_the_trainer_writes(tmp_path):
     assert card.read_text().count("<!-- lmd:begin") == 1
 
 
-def test_a_broken_card_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(b"<!-- lmd:begin v=1 -->\nno end\n", "README.md has several"), (b"# caf\xe9\n", "README.md: not UTF-8")],
+)
+def test_a_broken_card_is_left_alone(tmp_path, text, reason):
     card = tmp_path / "README.md"
-    card.write_text("<!-- lmd:begin v=1 -->\nno end\n")
-    with pytest.warns(UserWarning, match="goes on without: README.md has several"):
-        run(tmp_path, LMDCallback())
-    assert card.read_text() == "<!-- lmd:begin v=1 -->\nno end\n"
+    card.write_bytes(text)
+    with pytest.warns(UserWarning, match=f"goes on without: .*{reason}"):
+        ran = run(tmp_path, LMDCallback())
+    assert card.read_bytes() == text
+    assert len(losses(ran)) == 12
+
+
+def test_a_card_keeps_its_line_breaks_and_a_link_stays_one(tmp_path):
+    out, card = tmp_path / "out", tmp_path / "card.md"
+    out.mkdir()
+    text = b"---\r\nlicense: mit\r\n---\r\n# T\r\n"
+    card.write_bytes(text)
+    (out / "README.md").symlink_to(card)
+    run(out, LMDCallback())
+    written = card.read_bytes()
+    assert (out / "README.md").is_symlink()
+    assert written.startswith(text)
+    assert written.count(b"\n") == written.count(b"\r\n") > 10
 
 
 def test_a_folder_that_takes_no_file_stops_no_training(tmp_path):
