@@ -24,6 +24,7 @@ from lmd_hf.training.tracker import LMDTracker
 FOLDER, CARD, FIGURE = "lmd", "README.md", "lmd/evolution.png"  # below the Trainer's output folder
 WHEN = ("steps", "save", "epoch")
 PARTS = 100  # of a training, one measurement each where nothing else is asked for
+LAST_LOG = "train_loss"  # what the Trainer tells in its last log alone
 # what reading and writing may raise: our own refusals, the disk, text that is none, and the libraries that write
 UNTOLD = (LmdError, OSError, ValueError, ArrowException, SafetensorError)
 
@@ -61,8 +62,9 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self._options: dict[str, Any] = {"roles": tuple(roles), "metric": metric, "budget": budget}
         self._pending: dict[str, float] = {}
         self._count = 0
+        self._ended: int | None = None  # the step at which the end was measured
+        self._loaded: int | None = None  # the step of the checkpoint that was loaded then, as the best one
         self._sharded = False
-        self._trainer: Trainer | None = None
         self._resumed = Path()
 
     def on_train_begin(
@@ -70,9 +72,10 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     ) -> None:
         """Measure the start, or take up the series of the training that is resumed."""
         self.tracker, self._pending, self._count, self._sharded = None, {}, 0, False
+        self._ended = self._loaded = None
         if not state.is_world_process_zero:
             return
-        self._trainer = _join(self)
+        _join(self)
         self._resumed = _checkpoint(args, state) / FOLDER  # of step 0, where a training begins, there is none
         try:
             self.tracker = LMDTracker(told["model"], **self._options, resume=(self._resumed, state.global_step))
@@ -112,7 +115,11 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         logs: dict[str, float] | None = None,
         **told: Any,
     ) -> None:
-        """Add the means that were measured since the last log."""
+        """Add the means that were measured since the last log; measure the end at the Trainer's last log, after which
+        it may load its best checkpoint."""
+        if logs is not None and LAST_LOG in logs and self._ended != state.global_step:
+            self._measure(state, floor=FLOOR_SECONDS)
+            self._ended = state.global_step
         if self._pending and logs is not None:
             logs.update(self._pending)
             if state.log_history:
@@ -120,13 +127,13 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             self._pending = {}
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
-        """Measure the end; write series, figures, verdict and the card's section."""
+        """Write series, figures, verdict and the card's section; measure the end where no last log has told of it."""
         if self.tracker is None:
             return
-        if not self._sharded:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._loaded = state.best_global_step
+        elif self._ended != state.global_step:
             self._measure(state, floor=FLOOR_SECONDS)
-        if self._pending and self._trainer is not None:  # the Trainer's last log came before the last measurement
-            self._trainer.log({})
         with self.tracker.budget.spending(), _no_reason_to_stop():
             self.tracker.save(Path(args.output_dir) / FOLDER, history=state.log_history)
         self.write_section(Path(args.output_dir) / CARD, state)
@@ -137,7 +144,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
             return
         with _no_reason_to_stop():  # a person has to decide; the card is as it was
             there = Path(os.path.realpath(card))  # what a link leads to
-            body = section(self.tracker.points, self.tracker.told(state.log_history), figure=FIGURE)
+            told = self.tracker.told(state.log_history)
+            body = section(self.tracker.points, told, figure=FIGURE, loaded=self._loaded)
             written = place(_text_of(there), body, lmd_hf=__version__)
             write_folder(there.parent, {there.name: bytes_writer(written.encode())})
 
@@ -184,7 +192,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _join(callback: LMDCallback) -> Trainer | None:
+def _join(callback: LMDCallback) -> None:
     """Find the Trainer, go before the trackers, and write into every card that the Trainer writes.
 
     The Trainer calls its trackers' callbacks before those that it is given, so that what these add to a log would come
@@ -195,11 +203,11 @@ def _join(callback: LMDCallback) -> Trainer | None:
     while frame is not None and not isinstance(trainer := frame.f_locals.get("self"), Trainer):
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None or callback not in (callbacks := trainer.callback_handler.callbacks):
-        return None
+        return
     callbacks.remove(callback)
     callbacks.insert(0, callback)
     if getattr(trainer.create_model_card, "lmd_callback", None) is callback:
-        return trainer
+        return
     create = trainer.create_model_card
 
     def create_model_card(*positional: Any, **named: Any) -> None:
@@ -209,4 +217,3 @@ def _join(callback: LMDCallback) -> Trainer | None:
 
     create_model_card.lmd_callback = callback  # type: ignore[attr-defined]
     trainer.create_model_card = create_model_card
-    return trainer

@@ -41,7 +41,12 @@ def trainer(out, *callbacks, model=None, **options):
     }  # fmt: skip
     settings = TrainingArguments(output_dir=str(out), **(values | options))
     return Trainer(
-        model=model, args=settings, train_dataset=ROWS, callbacks=list(callbacks), data_collator=default_data_collator
+        model=model,
+        args=settings,
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
+        callbacks=list(callbacks),
+        data_collator=default_data_collator,
     )
 
 
@@ -74,7 +79,7 @@ def test_every_tracker_gets_the_numbers(tmp_path):
     ran = trainer(tmp_path, tracker, LMDCallback(every=5, budget=None), logging_steps=5)
     ran.train()
     with_numbers = [logs for logs in tracker.seen if "lmd/latent_dim" in logs]
-    assert [logs["lmd/step"] for logs in with_numbers] == [5, 10, 12]  # the last comes after the Trainer's own last log
+    assert [logs["lmd/step"] for logs in with_numbers] == [5, 10, 12]  # the last in the Trainer's own last log
     history = [entry["lmd/step"] for entry in ran.state.log_history if "lmd/step" in entry]
     assert history == [5, 10, 12]
     json.dumps(ran.state.log_history)
@@ -137,6 +142,29 @@ def test_a_folder_that_takes_no_file_stops_no_training(tmp_path):
     assert len(losses(ran)) == 12
 
 
+def test_the_last_point_is_of_the_last_step_not_of_the_best_checkpoint(tmp_path):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **told):
+            seen[state.global_step] = torch.linalg.svdvals(model.lm_head.weight.detach().double())[0].item()
+
+    ran = trainer(
+        tmp_path, LMDCallback(roles=["head"]), Look(), max_steps=8, learning_rate=0.3, lr_scheduler_type="constant",
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    ran.train()
+    best = ran.state.best_global_step
+    assert best == 2
+    points = {point.step: point.spectral_norm for point in read_series(tmp_path / "lmd" / "series.parquet")}
+    assert points[8] == pytest.approx(seen[8], rel=1e-6)
+    assert points[8] != pytest.approx(seen[best], rel=1e-3)
+    card = (tmp_path / "README.md").read_text()
+    assert "from step 0 to step 8" in card
+    assert f"those of step {best}, the best checkpoint" in card
+
+
 def test_on_save_and_on_epoch(tmp_path):
     run(tmp_path / "save", LMDCallback(on="save", budget=None), save_strategy="steps", save_steps=4)
     assert steps_of(tmp_path / "save") == [0, 4, 8, 12]
@@ -185,7 +213,7 @@ def test_where_parameters_are_in_parts_checkpoints_are_measured(tmp_path):
     whole = make("llama")
     for parameter in model.parameters():
         parameter.ds_id, parameter.data = 0, torch.empty(0)
-    args = SimpleNamespace(output_dir=str(tmp_path), save_strategy="no")
+    args = SimpleNamespace(output_dir=str(tmp_path), save_strategy="no", load_best_model_at_end=False)
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=10, log_history=[])
     callback = LMDCallback(every=1, budget=None)
     with pytest.warns(UserWarning, match=r"measures nothing \(save_strategy is 'no'\): .*ZeRO-3"):
