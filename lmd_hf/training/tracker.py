@@ -54,9 +54,9 @@ class LMDTracker:
 
     The start is measured at once, then every `every` steps as many matrices as fit into `budget`, a share of the time
     that the training itself takes (`None`: all of them, whatever it takes): those first that were measured longest ago,
-    of these the cheapest. The rest waits for its turn. Matrices that take no gradients are measured once; of a model
-    that peft has wrapped, the updates of its adapter are. `roles` and `metric` (`identity` or `norm`) are as for
-    `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
+    of these the cheapest. The rest waits for its turn. What takes no gradients is measured once, and again after it
+    took some; of a model with adapters of peft, their updates are measured. `roles` and `metric` (`identity` or `norm`)
+    are as for `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
 
     The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
     `resume` is the folder of an earlier `checkpoint` and the step to go on from. Raises `SettingsError` for a selection
@@ -86,13 +86,15 @@ class LMDTracker:
         self._views: dict[Key, dict[str, View]] = {}
         self._rows: dict[Key, MatrixReport] = {}
         self._moved: dict[Key, Moved] = {}
+        self._frozen: set[Key] = set()
+        self._moving: set[Key] = set()  # what has taken gradients since its last point, or takes them now
         with self.budget.spending():
             source = self._open()
             todo = make_plan(
                 list_matrices(source), source.identity, Settings(metric=metric, roles=tuple(roles), device="cpu")
             )
             self._metric, self._works = metric, sorted(todo.works, key=lambda work: work.flops)
-            self._frozen = {_key(w) for w in todo.works if _is_frozen(source, w)}
+            self._look_for_gradients(source)
             if len(self._frozen) == len(self._works):
                 raise SettingsError(
                     "no selected matrix takes gradients; unfreeze one, or select other roles: nothing here will move"
@@ -114,10 +116,11 @@ class LMDTracker:
         """Measure now, for as long as the budget has room, but at least `floor` seconds; the means over the last point
         of every matrix (`lmd/latent_dim`, `lmd/subspace_cos2` …)."""
         room = self.budget.room(floor)
-        if room > 0 and (due := self._due()):
+        if room > 0:
             with self.budget.spending():
                 source = self._open()
-            for work in due:
+                self._look_for_gradients(source)
+            for work in self._due():
                 room -= self.budget.expected(work)
                 if room < 0:
                     break
@@ -214,10 +217,16 @@ class LMDTracker:
     def _open(self) -> Source:
         return open_training(self.model) if isinstance(self.model, nn.Module) else open_source(self.model)
 
+    def _look_for_gradients(self, source: Source) -> None:
+        """What is frozen now; a training may freeze and unfreeze as it goes."""
+        self._frozen = {_key(w) for w in self._works if _is_frozen(source, w)}
+        self._moving |= {_key(w) for w in self._works} - self._frozen
+
     def _due(self) -> list[Work]:
-        """What was measured longest ago first (before that what never was), of these the cheapest; frozen ones once."""
+        """What was measured longest ago first (before that what never was), of these the cheapest; what has taken no
+        gradients since its last point is not due."""
         seen = {(p.name, p.part): p.step for p in self.points}
-        works = [w for w in self._works if _key(w) not in self._frozen or _key(w) not in seen]
+        works = [w for w in self._works if _key(w) in self._moving or _key(w) not in seen]
         return sorted((w for w in works if seen.get(_key(w), -1) < self.steps), key=lambda w: seen.get(_key(w), -1))
 
     @torch.no_grad()
@@ -232,6 +241,7 @@ class LMDTracker:
             self.skipped[ref.name] = str(error)
             return
         self.skipped.pop(ref.name, None)
+        self._moving -= {_key(work)} & self._frozen
         now, kept = look(self.steps, row, stored, gain), self._views.setdefault(_key(work), {})
         if FIRST not in kept or (kept[FIRST].cut == 0 and now.cut):
             kept[FIRST] = now  # an adapter begins at 0, which has no directions

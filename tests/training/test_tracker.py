@@ -114,6 +114,21 @@ def test_what_takes_no_gradients_is_measured_once():
         LMDTracker(model.requires_grad_(False))
 
 
+def test_what_is_unfrozen_or_frozen_on_the_way_is_measured_as_long_as_it_moves():
+    model = network()
+    model[0].requires_grad_(False)
+    tracker = LMDTracker(model, every=5, budget=None)
+    train(model, 5, tracker.step)
+    model[0].requires_grad_(True)
+    model[3].requires_grad_(False)
+    train(model, 10, tracker.step)
+    model[0].requires_grad_(False)
+    model[3].requires_grad_(True)
+    train(model, 10, tracker.step)
+    assert [p.step for p in tracker.points if p.name == "0.weight"] == [0, 10, 15, 20]
+    assert [p.step for p in tracker.points if p.name == "3.weight"] == [0, 5, 10, 20, 25]
+
+
 def test_a_peft_model_shows_its_updates(tmp_path):
     model = peft.get_peft_model(make("gpt2"), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"]))
     tracker = LMDTracker(model, budget=None)
