@@ -10,6 +10,7 @@ from typing import Any
 
 from pyarrow import ArrowException
 from safetensors import SafetensorError
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lmd_hf import __version__
@@ -18,7 +19,7 @@ from lmd_hf.hub.section import place
 from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.training.budget import FLOOR_SECONDS
 from lmd_hf.training.card import section
-from lmd_hf.training.tracker import LMDTracker
+from lmd_hf.training.tracker import SERIES, LMDTracker, checked
 
 
 FOLDER, CARD, FIGURE = "lmd", "README.md", "lmd/evolution.png"  # below the Trainer's output folder
@@ -55,17 +56,18 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     ) -> None:
         if on not in WHEN:
             raise SettingsError(f"no on '{on}'; known: {', '.join(WHEN)}")
-        if every is not None and every < 1:
+        if every is not None and (not isinstance(every, int) or every < 1):
             raise SettingsError(f"every is {every}; give a number from 1 on, or leave it out")
         self.on, self.every = on, every
         self.tracker: LMDTracker | None = None
-        self._options: dict[str, Any] = {"roles": tuple(roles), "metric": metric, "budget": budget}
+        self._options = checked(roles, metric, budget)
         self._pending: dict[str, float] = {}
         self._count = 0
         self._ended: int | None = None  # the step at which the end was measured
         self._loaded: int | None = None  # the step of the checkpoint that was loaded then, as the best one
         self._sharded = False
-        self._resumed = Path()
+        self._out = Path()
+        self._resumed: Path | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
@@ -75,10 +77,16 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self._ended = self._loaded = None
         if not state.is_world_process_zero:
             return
-        _join(self)
-        self._resumed = _checkpoint(args, state) / FOLDER  # of step 0, where a training begins, there is none
+        trainer, call = _find_training()
+        self._out = Path(args.output_dir)
+        resumed = self._checkpoint(state) if state.global_step else None
+        if trainer is not None:
+            _join(self, trainer)
+            self._out = Path(trainer._get_output_dir(call.get("trial")))  # a trial of a search has a folder of its own
+            resumed = call["resume_from_checkpoint"]
+        self._resumed = None if resumed is None else Path(resumed) / FOLDER
         try:
-            self.tracker = LMDTracker(told["model"], **self._options, resume=(self._resumed, state.global_step))
+            self.tracker = self._track(told["model"], state)
         except SourceError as error:
             self._sharded = True
             instead = "saved checkpoints instead" if args.save_strategy != "no" else "nothing (save_strategy is 'no')"
@@ -100,12 +108,12 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
         """Measure if it is time, or if only checkpoints can be; keep with the checkpoint what resuming needs."""
         if self._sharded and state.is_world_process_zero:
-            self._open_checkpoint(args, state)
+            self._open_checkpoint(state)
         elif self.on == "save" and self._is_turn():
             self._measure(state)
-        if self.tracker is not None and _checkpoint(args, state).is_dir():
+        if self.tracker is not None and self._checkpoint(state).is_dir():
             with self.tracker.budget.spending(), _no_reason_to_stop():
-                self.tracker.checkpoint(_checkpoint(args, state) / FOLDER)
+                self.tracker.checkpoint(self._checkpoint(state) / FOLDER)
 
     def on_log(
         self,
@@ -135,8 +143,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         elif self._ended != state.global_step:
             self._measure(state, floor=FLOOR_SECONDS)
         with self.tracker.budget.spending(), _no_reason_to_stop():
-            self.tracker.save(Path(args.output_dir) / FOLDER, history=state.log_history)
-        self.write_section(Path(args.output_dir) / CARD, state)
+            self.tracker.save(self._out / FOLDER, history=state.log_history)
+        self.write_section(self._out / CARD, state)
 
     def write_section(self, card: Path, state: TrainerState) -> None:
         """Put the section on this training into a model card, or begin one with it."""
@@ -145,7 +153,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         with _no_reason_to_stop():  # a person has to decide; the card is as it was
             there = Path(os.path.realpath(card))  # what a link leads to
             told = self.tracker.told(state.log_history)
-            body = section(self.tracker.points, told, figure=FIGURE, loaded=self._loaded)
+            figure = Path(os.path.relpath(self._out / FIGURE, card.parent)).as_posix()
+            body = section(self.tracker.points, told, figure=figure, loaded=self._loaded)
             written = place(_text_of(there), body, lmd_hf=__version__)
             write_folder(there.parent, {there.name: bytes_writer(written.encode())})
 
@@ -161,12 +170,29 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
                 if len(self.tracker.points) > before:
                     self._pending = means
 
-    def _open_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _checkpoint(self, state: TrainerState) -> Path:
+        return self._out / f"checkpoint-{state.global_step}"
+
+    def _track(self, model: nn.Module | Path, state: TrainerState) -> LMDTracker:
+        """A tracker that goes on in the series of the checkpoint that is resumed; in a new one where that has none, or
+        none that can be read."""
+        step = state.global_step
+        try:
+            if self._resumed is not None and not (self._resumed / SERIES).is_file():
+                raise FormatError(f"{self._resumed} holds none")
+            return LMDTracker(model, **self._options, resume=(self._resumed, step))
+        except FormatError as error:
+            if self._resumed is None:
+                raise
+            warnings.warn(f"LMDCallback begins its series anew at step {step}: {error}", stacklevel=3)
+        return LMDTracker(model, **self._options, resume=(None, step))
+
+    def _open_checkpoint(self, state: TrainerState) -> None:
         """Measure the checkpoint that was just saved, or say why that cannot be."""
-        folder = _checkpoint(args, state)
+        folder = self._checkpoint(state)
         with _no_reason_to_stop():
             if self.tracker is None:
-                self.tracker = LMDTracker(folder, **self._options, resume=(self._resumed, state.global_step))
+                self.tracker = self._track(folder, state)
             self.tracker.model, self.tracker.steps = folder, state.global_step
             self._pending = self.tracker.measure()
 
@@ -188,21 +214,31 @@ def _text_of(card: Path) -> str:
         raise FormatError(f"{card}: not UTF-8, which the Hub requires; convert it first") from None
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+def _find_training() -> tuple[Trainer | None, dict[str, Any]]:
+    """The Trainer that trains, and what its loop was called with (`resume_from_checkpoint`, `trial`).
 
-
-def _join(callback: LMDCallback) -> None:
-    """Find the Trainer, go before the trackers, and write into every card that the Trainer writes.
-
-    The Trainer calls its trackers' callbacks before those that it is given, so that what these add to a log would come
-    too late; and it writes the model card, when asked for one, over what is there, without an event. It hands no
-    reference to itself to a callback, so it is found where it is: among the callers.
+    It hands no reference to itself to a callback, so it is found where it is: among the callers.
     """
     frame = sys._getframe(1)
-    while frame is not None and not isinstance(trainer := frame.f_locals.get("self"), Trainer):
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            return frame.f_locals["self"], frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
-    if frame is None or callback not in (callbacks := trainer.callback_handler.callbacks):
+    return None, {}
+
+
+def _join(callback: LMDCallback, trainer: Trainer) -> None:
+    """Go before the trackers, and write into every card that the Trainer writes.
+
+    The Trainer calls its trackers' callbacks before those that it is given, so that what these add to a log would come
+    too late; and it writes the model card, when asked for one, over what is there, without an event.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    if any(isinstance(each, LMDCallback) and each is not callback for each in callbacks):
+        raise SettingsError(
+            "two LMDCallbacks on one Trainer would write the same files; give one, with the roles of both"
+        )
+    if callback not in callbacks:
         return
     callbacks.remove(callback)
     callbacks.insert(0, callback)

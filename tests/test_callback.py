@@ -13,6 +13,7 @@ import torch
 import transformers
 from models import make
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import HPSearchBackend
 
 from lmd_hf import LMDCallback
 from lmd_hf.errors import SettingsError
@@ -186,6 +187,50 @@ def test_resumed_training_goes_on_in_its_series(tmp_path):
     assert sorted(kept[0]) == sorted(kept[1])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("views.safetensors", b"broken", "views.safetensors: damaged"),
+        ("series.parquet", b"PAR1", "no series of a training"),
+        ("series.parquet", None, "holds none"),
+    ],
+)
+def test_a_damaged_series_stops_no_resumed_training(tmp_path, file, content, reason):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path, LMDCallback(every=3, budget=None), **options)
+    damaged = tmp_path / "checkpoint-6" / "lmd" / file
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    again = trainer(tmp_path, LMDCallback(every=3, budget=None), **options)
+    with pytest.warns(UserWarning, match=f"begins its series anew at step 6: .*{reason}"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert steps_of(tmp_path) == [6, 9, 12]
+
+
+def test_a_checkpoint_elsewhere_is_resumed_with_its_series(tmp_path):
+    run(tmp_path / "a", LMDCallback(every=3, budget=None), save_strategy="steps", save_steps=6)
+    trainer(tmp_path / "b", LMDCallback(every=3, budget=None)).train(str(tmp_path / "a" / "checkpoint-6"))
+    assert steps_of(tmp_path / "b") == [0, 3, 6, 9, 12]
+
+
+def test_each_trial_of_a_search_has_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # optuna is not needed
+    search = trainer(tmp_path, LMDCallback(every=3, budget=None), save_strategy="steps", save_steps=12)
+    search.model_init = lambda trial=None: make("llama")
+    search.hp_search_backend, search.hp_name = HPSearchBackend.OPTUNA, None
+    search.hp_space = lambda trial: {"learning_rate": 10.0 ** -(2 + trial.number)}
+    for number in range(2):
+        search.train(trial=SimpleNamespace(number=number, params={}))
+    first, second = ({p.name for p in (tmp_path / f"run-{n}").iterdir()} for n in range(2))
+    assert first == second == {"checkpoint-12", "lmd", "README.md"}
+    assert (tmp_path / "run-1" / "checkpoint-12" / "lmd" / "series.parquet").is_file()
+    assert not (tmp_path / "lmd").exists()
+
+
+def test_two_on_one_trainer_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="two LMDCallbacks on one Trainer"):
+        run(tmp_path, LMDCallback(roles=["q"]), LMDCallback(roles=["down"]))
+
+
 class Stop(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -246,7 +291,16 @@ def test_another_process_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"on": "noon"}, "no on 'noon'; known: steps, save, epoch"), ({"every": 0}, "every is 0")]
+    ("options", "message"),
+    [
+        ({"on": "noon"}, "no on 'noon'; known: steps, save, epoch"),
+        ({"every": 0}, "every is 0"),
+        ({"every": 1.5}, "every is 1.5"),
+        ({"budget": 0}, "budget is 0"),
+        ({"budget": "2%"}, "budget is 2%"),
+        ({"metric": "data"}, "watched in the metric"),
+        ({"roles": "down"}, r"give a tuple: roles=\('down',\)"),
+    ],
 )
 def test_bad_settings(options, message):
     with pytest.raises(SettingsError, match=message):

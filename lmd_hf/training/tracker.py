@@ -59,8 +59,9 @@ class LMDTracker:
     are as for `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
 
     The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
-    `resume` is the folder of an earlier `checkpoint` and the step to go on from. Raises `SettingsError` for a selection
-    that leaves nothing, or nothing that is trained, and `SourceError` where parameters are spread over processes.
+    `resume` is the folder of an earlier `checkpoint` (`None`: there is none) and the step to go on from. Raises
+    `SettingsError` for a selection that leaves nothing, or nothing that is trained, `FormatError` for a damaged
+    checkpoint, and `SourceError` where parameters are spread over processes.
     """
 
     def __init__(
@@ -71,12 +72,11 @@ class LMDTracker:
         roles: Iterable[str] = (),
         metric: str = "identity",
         budget: float | None = 0.02,
-        resume: tuple[str | Path, int] | None = None,
+        resume: tuple[str | Path | None, int] | None = None,
     ) -> None:
         if every < 1:
             raise SettingsError(f"every is {every}; give a number of steps from 1 on")
-        if metric not in ("identity", "norm"):
-            raise SettingsError(f"a training is watched in the metric 'identity' or 'norm', not in '{metric}'")
+        options = checked(roles, metric, budget)
         self.budget = Budget(budget)
         self.model, self.every = model, every
         self.points: list[Point] = []
@@ -91,7 +91,7 @@ class LMDTracker:
         with self.budget.spending():
             source = self._open()
             todo = make_plan(
-                list_matrices(source), source.identity, Settings(metric=metric, roles=tuple(roles), device="cpu")
+                list_matrices(source), source.identity, Settings(metric=metric, roles=options["roles"], device="cpu")
             )
             self._metric, self._works = metric, sorted(todo.works, key=lambda work: work.flops)
             self._look_for_gradients(source)
@@ -101,7 +101,8 @@ class LMDTracker:
                 )
             if resume is not None:
                 self.steps = resume[1]
-                self._restore(Path(resume[0]))
+                if resume[0] is not None:
+                    self._restore(Path(resume[0]))
         self.measure(floor=FLOOR_SECONDS)
 
     def step(self, loss: float | None = None) -> dict[str, float] | None:
@@ -211,7 +212,7 @@ class LMDTracker:
                 view = from_tensors(fields)
                 if view.step <= self.steps and key in known:
                     self._views.setdefault(key, {})[kept] = view
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / VIEWS}: damaged ({error}); move it away to begin anew") from None
 
     def _open(self) -> Source:
@@ -250,6 +251,16 @@ class LMDTracker:
         self._rows[_key(work)], self._moved[_key(work)] = row, moved(kept[OLDER], now, row)
         since_first = moved(kept[FIRST], now, row)
         self.points.append(to_point(self.steps, row, since_first, self.budget.clock() - begun))
+
+
+def checked(roles: Iterable[str], metric: str, budget: float | None) -> dict[str, Any]:
+    """The options of a tracker as they are used. `SettingsError` for what can be told before there is a model."""
+    if isinstance(roles, str):
+        raise SettingsError(f"roles is the text '{roles}'; give a tuple: roles={tuple(roles.split(','))}")
+    if metric not in ("identity", "norm"):
+        raise SettingsError(f"a training is watched in the metric 'identity' or 'norm', not in '{metric}'")
+    Budget(budget)
+    return {"roles": tuple(roles), "metric": metric, "budget": budget}
 
 
 def _key(work: Work) -> Key:
