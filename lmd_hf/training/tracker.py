@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
 from lmd_hf.evidence import Convergence, Thresholds
-from lmd_hf.records import MatrixReport, Settings, Work
+from lmd_hf.records import MatrixRef, MatrixReport, Settings, Work
 from lmd_hf.report.files import text_writer, write_folder
 from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_weights
 from lmd_hf.run.measure import measure, read_metric, to_row
@@ -89,12 +89,12 @@ class LMDTracker:
         self._frozen: set[Key] = set()
         self._moving: set[Key] = set()  # what has taken gradients since its last point, or takes them now
         with self.budget.spending():
-            source = self._open()
-            todo = make_plan(
-                list_matrices(source), source.identity, Settings(metric=metric, roles=options["roles"], device="cpu")
-            )
+            sources = self._open()
+            listed = [list_matrices(source) for source in sources]
+            whole = replace(listed[0], selected=tuple(ref for each in listed for ref in each.selected))
+            todo = make_plan(whole, sources[0].identity, Settings(metric=metric, roles=options["roles"], device="cpu"))
             self._metric, self._works = metric, sorted(todo.works, key=lambda work: work.flops)
-            self._look_for_gradients(source)
+            self._look_for_gradients(sources)
             if len(self._frozen) == len(self._works):
                 raise SettingsError(
                     "no selected matrix takes gradients; unfreeze one, or select other roles: nothing here will move"
@@ -119,14 +119,14 @@ class LMDTracker:
         room = self.budget.room(floor)
         if room > 0:
             with self.budget.spending():
-                source = self._open()
-                self._look_for_gradients(source)
+                sources = self._open()
+                self._look_for_gradients(sources)
             for work in self._due():
                 room -= self.budget.expected(work)
                 if room < 0:
                     break
                 with self.budget.spending(work):
-                    self._measure(source, work)
+                    self._measure(sources, work)
         return summary(self.points, self.steps)
 
     def convergence(self, history: Sequence[dict[str, Any]] | None = None) -> Convergence:
@@ -215,12 +215,12 @@ class LMDTracker:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / VIEWS}: damaged ({error}); move it away to begin anew") from None
 
-    def _open(self) -> Source:
-        return open_training(self.model) if isinstance(self.model, nn.Module) else open_source(self.model)
+    def _open(self) -> tuple[Source, ...]:
+        return open_training(self.model) if isinstance(self.model, nn.Module) else (open_source(self.model),)
 
-    def _look_for_gradients(self, source: Source) -> None:
+    def _look_for_gradients(self, sources: tuple[Source, ...]) -> None:
         """What is frozen now; a training may freeze and unfreeze as it goes."""
-        self._frozen = {_key(w) for w in self._works if _is_frozen(source, w)}
+        self._frozen = {_key(w) for w in self._works if _is_frozen(sources, w.ref)}
         self._moving |= {_key(w) for w in self._works} - self._frozen
 
     def _due(self) -> list[Work]:
@@ -231,9 +231,13 @@ class LMDTracker:
         return sorted((w for w in works if seen.get(_key(w), -1) < self.steps), key=lambda w: seen.get(_key(w), -1))
 
     @torch.no_grad()
-    def _measure(self, source: Source, work: Work) -> None:
+    def _measure(self, sources: tuple[Source, ...], work: Work) -> None:
         """The next point of one matrix; one that cannot be read or is not finite is named in `skipped`."""
         begun, ref = self.budget.clock(), work.ref
+        source = _holder(sources, ref)
+        if source is None:
+            self.skipped[ref.name] = "it is in the model no longer, or in no active adapter"
+            return
         try:
             stored = _where_float64_is(read_stored(source, ref))
             gain = read_metric(source, ref, self._metric)
@@ -267,8 +271,15 @@ def _key(work: Work) -> Key:
     return work.ref.name, work.ref.part
 
 
-def _is_frozen(source: Source, work: Work) -> bool:
-    return isinstance(source, LiveSource) and not takes_gradients(source, work.ref)
+def _holder(sources: tuple[Source, ...], ref: MatrixRef) -> Source | None:
+    """The source that a matrix is in; a training may have taken it out."""
+    names = {tensor.name for tensor in ref.tensors}
+    return next((s for s in sources if not isinstance(s, LiveSource) or names <= s.values.keys()), None)
+
+
+def _is_frozen(sources: tuple[Source, ...], ref: MatrixRef) -> bool:
+    source = _holder(sources, ref)
+    return source is None or (isinstance(source, LiveSource) and not takes_gradients(source, ref))
 
 
 def _where_float64_is(stored: Stored) -> Stored:
