@@ -19,7 +19,7 @@ from lmd_hf.hub.section import place
 from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.training.budget import FLOOR_SECONDS
 from lmd_hf.training.card import section
-from lmd_hf.training.tracker import SERIES, LMDTracker, checked
+from lmd_hf.training.tracker import SERIES, VIEWS, LMDTracker, checked
 
 
 FOLDER, CARD, FIGURE = "lmd", "README.md", "lmd/evolution.png"  # below the Trainer's output folder
@@ -40,9 +40,10 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     to it; `None`: no limit). Means go into the Trainer's next log, and so to every tracker; the series, the figures and
     the verdict on convergence into `lmd/` in the output folder, and a section into the model card there. Optimiser
     steps are counted, so accumulation changes nothing; of several processes the first measures; a training that is
-    resumed goes on in its series; of a model that peft has wrapped, the adapter's updates are measured. Where FSDP or
-    ZeRO-3 spreads parameters over processes, each saved checkpoint is measured instead, if it holds whole weights; a
-    warning says so, or why not. The training itself comes out the same, bit for bit.
+    resumed goes on in the series of its checkpoint; each trial of a hyperparameter search writes into its own folder;
+    of a model with adapters of peft, their updates are measured. Where FSDP or ZeRO-3 spreads parameters over
+    processes, each saved checkpoint is measured instead, if it holds whole weights; a warning says so, or why not. The
+    training itself comes out the same, bit for bit, and what cannot be read or written at its end is a warning.
     """
 
     def __init__(
@@ -178,8 +179,8 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         none that can be read."""
         step = state.global_step
         try:
-            if self._resumed is not None and not (self._resumed / SERIES).is_file():
-                raise FormatError(f"{self._resumed} holds none")
+            if self._resumed is not None and not all((self._resumed / name).is_file() for name in (SERIES, VIEWS)):
+                raise FormatError(f"{self._resumed} holds no whole one")
             return LMDTracker(model, **self._options, resume=(self._resumed, step))
         except FormatError as error:
             if self._resumed is None:

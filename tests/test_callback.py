@@ -192,7 +192,8 @@ def test_resumed_training_goes_on_in_its_series(tmp_path):
     [
         ("views.safetensors", b"broken", "views.safetensors: damaged"),
         ("series.parquet", b"PAR1", "no series of a training"),
-        ("series.parquet", None, "holds none"),
+        ("series.parquet", None, "holds no whole one"),
+        ("views.safetensors", None, "holds no whole one"),
     ],
 )
 def test_a_damaged_series_stops_no_resumed_training(tmp_path, file, content, reason):
