@@ -20,7 +20,7 @@ from lmd_hf.compat import rank
 from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
 from lmd_hf.hub.command import add_annotate
-from lmd_hf.options import add_settings, chosen_settings
+from lmd_hf.options import add_settings, changed_settings, chosen_settings, refuse_for_saved
 from lmd_hf.recipes.command import add_recipe
 from lmd_hf.truncated.command import add_truncate
 
@@ -339,7 +339,13 @@ def _card(options: argparse.Namespace) -> None:
     from lmd_hf.report.files import read_saved
 
     _begin(options)
-    report = read_saved(Path(options.model)) or _run_analysis(options, options.model)
+    report = read_saved(Path(options.model))
+    if report is None:
+        report = _run_analysis(options, options.model)
+    else:
+        named = [name for name in (*WHERE, "before", "reuse") if getattr(options, name)]
+        changed = [name for record in (_settings(), _thresholds()) for name in changed_settings(record, options)]
+        refuse_for_saved(options.model, named + changed)
     text = report.card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
     _check_complete(report)

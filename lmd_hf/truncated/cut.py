@@ -73,7 +73,7 @@ def find_parts(base: Base, inventory: Inventory, settings: Settings) -> tuple[li
 
     Raises `SettingsError` for a bad selection and one that leaves nothing to factorise.
     """
-    chosen = selector(inventory, settings)
+    chosen = selector(inventory.selected, settings)
     tied = {name for pair in base.source.shared for name in pair}
     groups: dict[str, list[MatrixRef]] = {}
     for ref in inventory.selected:
