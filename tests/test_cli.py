@@ -62,6 +62,9 @@ def test_analyze_prints_a_table_and_writes_files(capsys, save, tmp_path):
     assert "parameters decomposed" in out
     assert "attention q" in out
     assert "wrote" in err
+    call(capsys, "analyze", save("llama"), "--heads", "--out", tmp_path / "out", "-q")
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"heads.parquet", "heads.png"}
+    call(capsys, "analyze", save("llama"), "--out", tmp_path / "out", "-q")
     written = {p.name for p in (tmp_path / "out").iterdir()}
     assert written == {"report.json", "matrices.parquet", "card.md", "spectra.png", "capacity.png", "heatmap.png"}
 
