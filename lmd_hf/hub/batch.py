@@ -38,6 +38,8 @@ def listed(path: Path) -> list[str]:
 
 def searched(*, author: str | None, search: str | None, limit: int, token: str | bool | None = None) -> list[str]:
     """The models of an author, or that a search finds on the Hub, most downloaded first."""
+    if limit < 1:
+        raise SettingsError(f"limit is {limit}; give 1 or more")
     api = HfApi(token=token)
 
     def find() -> list[str]:

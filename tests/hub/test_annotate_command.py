@@ -62,6 +62,9 @@ def test_a_skip_list_and_nothing_at_all(hub, models, tmp_path, capsys):
     assert "on the skip list" in capsys.readouterr().err
     assert run(["annotate"]) == 1
     assert "no model to annotate" in capsys.readouterr().err
+    for limit in ("0", "-3"):
+        assert run(["annotate", "--author", "cli", "--limit", limit]) == 1
+        assert f"limit is {limit}; give 1 or more" in capsys.readouterr().err
 
 
 def test_a_local_card_is_edited_and_edited_again_without_a_change(tmp_path, capsys):
