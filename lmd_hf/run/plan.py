@@ -10,6 +10,7 @@ from lmd_hf.circuits import HeadRef, MlpRef
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_bytes, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.run.asked import check_types
 from lmd_hf.run.shares import share_out
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
@@ -103,6 +104,7 @@ def nothing_left(settings: Settings) -> SettingsError:
 
 
 def _check(settings: Settings) -> None:
+    check_types(settings)
     for role in settings.roles:
         if role not in ROLES:
             raise SettingsError(f"no role '{role}'; known: {', '.join(ROLES)}")
@@ -128,6 +130,7 @@ def _check_data(metric: str, data: Data | None) -> None:
     if data is None or not data.dataset:
         kinds = "a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, or an image folder"
         raise SettingsError(f"the metric 'data' needs a dataset: give --dataset, {kinds}")
+    check_types(data)
     _check_choices(data)
     for name in ("samples", "seq_len", "batch_size", "neighbours"):
         if getattr(data, name) < 1:
