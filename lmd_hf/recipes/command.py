@@ -143,6 +143,7 @@ def _measured(options: argparse.Namespace) -> "tuple[Report | Comparison, dict[s
     from lmd_hf.recipes.modules import names_in
     from lmd_hf.records import Settings
     from lmd_hf.report.files import read_saved
+    from lmd_hf.run.loading import refuse_factored
     from lmd_hf.weights.source import open_source
 
     tuned, read = getattr(options, "tuned", None), READ if hasattr(options, "metric") else SELECTED
@@ -151,7 +152,9 @@ def _measured(options: argparse.Namespace) -> "tuple[Report | Comparison, dict[s
         revision = ["revision"] if options.revision else []
         refuse_for_saved(options.model, revision + changed_settings(Settings, options, computed))
         return _selected(saved, options), {}
-    names = names_in(open_source(options.model, revision=options.revision))
+    source = open_source(options.model, revision=options.revision)
+    refuse_factored(source)
+    names = names_in(source)
     if tuned is None:
         return analyze(options.model, revision=options.revision, **chosen_settings(Settings, options, read)), names
     settings = Settings(**chosen_settings(Settings, options, SELECTED))
