@@ -25,9 +25,9 @@ from lmd_hf.training.tracker import SERIES, VIEWS, LMDTracker, checked
 FOLDER, CARD, FIGURE = "lmd", "README.md", "lmd/evolution.png"  # below the Trainer's output folder
 WHEN = ("steps", "save", "epoch")
 PARTS = 100  # of a training, one measurement each where nothing else is asked for
-LAST_LOG = "train_loss"  # what the Trainer tells in its last log alone
+LAST_LOG = {"train_loss", "total_flos"}  # what the Trainer tells in its last log alone
 # what reading and writing may raise: our own refusals, the disk, text that is none, and the libraries that write
-UNTOLD = (LmdError, OSError, ValueError, ArrowException, SafetensorError)
+FAILURES = (LmdError, OSError, ValueError, ArrowException, SafetensorError)
 
 
 class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types for mypy
@@ -126,7 +126,7 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
     ) -> None:
         """Add the means that were measured since the last log; measure the end at the Trainer's last log, after which
         it may load its best checkpoint."""
-        if logs is not None and LAST_LOG in logs and self._ended != state.global_step:
+        if logs is not None and logs.keys() >= LAST_LOG and self._ended != state.global_step:
             self._measure(state, floor=FLOOR_SECONDS)
             self._ended = state.global_step
         if self._pending and logs is not None:
@@ -139,10 +139,10 @@ class LMDCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no
         """Write series, figures, verdict and the card's section; measure the end where no last log has told of it."""
         if self.tracker is None:
             return
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._loaded = state.best_global_step
-        elif self._ended != state.global_step:
+        if self._ended != state.global_step:  # without a last log, as where a trial is pruned, nothing was loaded
             self._measure(state, floor=FLOOR_SECONDS)
+        elif args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._loaded = state.best_global_step
         with self.tracker.budget.spending(), _no_reason_to_stop():
             self.tracker.save(self._out / FOLDER, history=state.log_history)
         self.write_section(self._out / CARD, state)
@@ -203,7 +203,7 @@ def _no_reason_to_stop() -> Iterator[None]:
     """What we cannot read or write becomes a warning: the training is worth more than what is told of it."""
     try:
         yield
-    except UNTOLD as error:
+    except FAILURES as error:
         warnings.warn(f"LMDCallback goes on without: {error}", stacklevel=4)
 
 

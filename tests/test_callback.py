@@ -166,6 +166,25 @@ def test_the_last_point_is_of_the_last_step_not_of_the_best_checkpoint(tmp_path)
     assert f"those of step {best}, the best checkpoint" in card
 
 
+def test_a_training_that_is_stopped_without_a_last_log_is_measured_where_it_stopped(tmp_path):
+    """As where a trial of a search is pruned: the Trainer tells of the end, and loads nothing."""
+
+    class Prune(TrainerCallback):
+        def on_step_end(self, args, state, control, **told):
+            if state.global_step == 5:
+                raise InterruptedError
+
+    ran = trainer(
+        tmp_path, LMDCallback(), Prune(), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        ran.train()
+    ran.callback_handler.on_train_end(ran.args, ran.state, ran.control)
+    assert steps_of(tmp_path) == [0, 5]
+    assert "best checkpoint" not in (tmp_path / "README.md").read_text()
+
+
 def test_on_save_and_on_epoch(tmp_path):
     run(tmp_path / "save", LMDCallback(on="save", budget=None), save_strategy="steps", save_steps=4)
     assert steps_of(tmp_path / "save") == [0, 4, 8, 12]

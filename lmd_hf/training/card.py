@@ -16,7 +16,7 @@ def section(
     points: Sequence[Point], told: dict[str, Any], *, figure: str | None = None, loaded: int | None = None
 ) -> str:
     """Markdown; `told` is `LMDTracker.told`, `figure` the address of the picture from the card, `loaded` the step of
-    the checkpoint that the training ended with, where that is not its last."""
+    the checkpoint that was loaded at the end as the best one."""
     first, last = latest(points[::-1]), latest(points)
     groups: dict[str, list[tuple[str, str]]] = {}
     for key, point in last.items():

@@ -242,12 +242,13 @@ class LMDTracker:
             stored = _where_float64_is(read_stored(source, ref))
             gain = read_metric(source, ref, self._metric)
             row = to_row(ref, measure(work, stored, gain), kernel=work.kernel)
+            now = look(self.steps, row, stored, gain)
         except UNMEASURED as error:
             self.skipped[ref.name] = str(error)
             return
         self.skipped.pop(ref.name, None)
         self._moving -= {_key(work)} & self._frozen
-        now, kept = look(self.steps, row, stored, gain), self._views.setdefault(_key(work), {})
+        kept = self._views.setdefault(_key(work), {})
         if FIRST not in kept or (kept[FIRST].cut == 0 and now.cut):
             kept[FIRST] = now  # an adapter begins at 0, which has no directions
         if NEWER not in kept or self.steps >= 2 * kept[NEWER].step:  # so that OLDER is a half to a quarter of the way

@@ -197,6 +197,16 @@ def test_a_matrix_that_is_not_finite_is_named_and_the_training_goes_on():
     assert [p.name for p in tracker.points if p.step == 1] == ["3.weight"]
 
 
+def test_directions_that_do_not_converge_are_named_and_the_training_goes_on(monkeypatch):
+    def failing(*told):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    tracker = LMDTracker(network(), every=1, budget=None)
+    monkeypatch.setattr("lmd_hf.training.tracker.look", failing)
+    tracker.step()
+    assert tracker.skipped == {"0.weight": "no convergence", "3.weight": "no convergence"}
+
+
 def test_saved_and_resumed(tmp_path):
     model = network()
     tracker = LMDTracker(model, every=10, budget=None)
