@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.records import ModelIdentity, WeightFile
 from lmd_hf.weights.source import FileSource, Source
 
@@ -11,7 +12,8 @@ from lmd_hf.weights.source import FileSource, Source
 def with_hashes(source: Source) -> ModelIdentity:
     """The identity of a source, every weight file with its SHA-256 (the Hub's own where it is known).
 
-    Nothing is fetched for it: a file that is not on disk and of which the Hub does not tell keeps `None`.
+    Nothing is fetched for it: a file that is not on disk and of which the Hub does not tell keeps `None`, and so does
+    one that cannot be read any more, or is another than when the source was opened.
     """
     if not isinstance(source, FileSource):
         return source.identity
@@ -19,11 +21,13 @@ def with_hashes(source: Source) -> ModelIdentity:
 
 
 def _hashed(source: FileSource, file: WeightFile) -> WeightFile:
-    path = source.locate(file.name) if file.sha256 is None and source.on_disk(file.name) else None
-    if not isinstance(path, Path):
+    if file.sha256 is not None or not source.on_disk(file.name) or not isinstance(source.locate(file.name), Path):
         return file
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(2**20):
-            digest.update(block)
+    digest = hashlib.sha256()
+    try:
+        with source.opened(file.name) as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    except (SourceError, FormatError):  # whoever needs its matrices says so
+        return file
     return replace(file, sha256=digest.hexdigest())
