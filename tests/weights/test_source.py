@@ -13,7 +13,7 @@ from torch import nn
 
 from lmd_hf.errors import FormatError, LmdError, SourceError
 from lmd_hf.weights import source as source_module
-from lmd_hf.weights.identity import with_hashes
+from lmd_hf.weights.identity import BLOCK, BLOCKS, marks, with_hashes
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_matrix
@@ -217,6 +217,16 @@ def test_a_file_that_changes_after_it_was_opened_is_read_no_more(tmp_path, monke
     with pytest.raises(FormatError, match="the file changed while it was"):
         source.read(source.tensors[0])
     assert with_hashes(source).files[0].sha256 is None
+
+
+def test_other_bytes_leave_other_marks_wherever_they_are(tmp_path):
+    """In one block of a file that is not read whole."""
+    values, seen = torch.zeros(BLOCKS, 4 * BLOCK, dtype=torch.uint8), []
+    for changed in (None, 0, BLOCKS // 2, BLOCKS - 1):
+        values[changed or 0] = 0 if changed is None else 1
+        save_file({"w.weight": values}, tmp_path / "model.safetensors")
+        seen.append(marks(open_source(tmp_path))["blocks of model.safetensors"])
+    assert len(set(seen)) == 4
 
 
 def test_a_file_that_is_gone_is_one_line(tmp_path):
