@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -188,6 +189,8 @@ def _analyze(options: argparse.Namespace) -> None:
 
     _begin(options)
     world = join(options.device)
+    if options.rank < 0:
+        raise SettingsError(f"--rank is {options.rank}; give how many axes to write, or 0 for none")
     if options.rank > 0 and options.out is None:
         raise SettingsError("--rank writes factors, and needs a folder for them: give --out DIR")
     if options.out is not None:
@@ -221,6 +224,8 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
 
     mine = {}
     folders = [options.out and options.out / re.sub(r"[^\w.-]+", "--", name).strip(".-") for name in options.model]
+    if options.out is not None and (twice := [name for name, count in Counter(folders).items() if count > 1]):
+        raise SettingsError(f"several of the models would be written to {twice[0]}; analyse them one by one")
     factors = [folder / FACTORS for folder in folders] if options.rank > 0 else None
     asked = _where(options)
     where = {name: asked.pop(name) for name in WHERE}

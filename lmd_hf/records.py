@@ -39,7 +39,8 @@ class ModelIdentity:
 class TensorRef:
     """One stored tensor: where its bytes lie. `file` is "" for a live module; `start` and `stop` count from the
     beginning of the file; `dtype` is written as safetensors does (BF16, F32 …). `declared` is the class and the shape
-    of the weight that it holds the values of, where the file's metadata name them (torchao)."""
+    of the weight that it holds the values of, where the file's metadata name them (torchao). `unread` says why its
+    entries cannot be read, where they cannot."""
 
     name: str
     file: str
@@ -48,6 +49,7 @@ class TensorRef:
     dtype: str
     shape: tuple[int, ...]
     declared: tuple[str, tuple[int, ...]] | None = None
+    unread: str = ""
 
 
 @dataclass(frozen=True)

@@ -359,7 +359,7 @@ def table(report: Any, words: str = "") -> Any:
     for word in words.lower().split():
         held = values.astype(str).apply(lambda row: " ".join(row).lower(), axis=1)
         values = values[held.str.contains(word, regex=False)]
-    values = values.assign(error_bound=values["error_bound"].map("{:.0e}".format))
+    values = values.assign(error_bound=values["error_bound"].map(fragments.bound))
     values = values.loc[:, [c for c in values if c not in ("stack", "part") or values[c].any()]]
     digits = {"effective_rank": 1, "stable_rank": 1, "capacity_log10": 2, "spectral_norm": 3}
     return (

@@ -1,6 +1,7 @@
 """Small pieces of the page, as HTML with every name escaped."""
 
 import html
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 
@@ -83,6 +84,11 @@ def facts(pairs: list[tuple[str, str]], heading: str) -> str:
     return f'<section class="lmd-facts" aria-label="{name}"><h2>{name}</h2><dl>{cells}</dl></section>'
 
 
+def bound(value: float) -> str:
+    """A bound with one digit, rounded up: what is shown bounds too."""
+    return f"{float(Context(prec=1, rounding=ROUND_CEILING).create_decimal(repr(value))):.0e}"
+
+
 def of_matrix(matrix: Any, heading: str) -> str:
     """Key figures of a matrix."""
     k = min(matrix.shape)
@@ -99,7 +105,7 @@ def of_matrix(matrix: Any, heading: str) -> str:
             ("spikes above noise", number(matrix.mp_spikes, ",d")),
             ("capacity, log₁₀ K", number(matrix.capacity_log10, ".2f")),
             ("stored as", f"{matrix.dtype}" if matrix.stored == "plain" else matrix.stored),
-            ("error bound", f"{matrix.error_bound:.0e}"),
+            ("error bound", bound(matrix.error_bound)),
         ],
         heading,
     )

@@ -312,3 +312,9 @@ def test_data_options_make_the_settings_and_their_errors_are_one_line(capsys, sa
     assert code == 0
     assert json.loads(out)["passes"] == 1
     assert json.loads(out)["input_bytes"] > 10**6
+
+
+def test_models_that_would_share_a_folder_are_refused(save, tmp_path, capsys):
+    code, _, told = call(capsys, "analyze", save("llama"), f"{save('llama')}/.", "--out", tmp_path / "out")
+    assert code == 1
+    assert "would be written to" in told

@@ -18,7 +18,7 @@ from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.hub import section
 from lmd_hf.hub.etiquette import TITLE, Look, Marks, Pull
 from lmd_hf.weights.answers import is_transient, patiently, told, wait
-from lmd_hf.weights.repository import PICKLES, WEIGHTS
+from lmd_hf.weights.repository import WEIGHTS
 
 
 CARD = "README.md"
@@ -58,7 +58,7 @@ def look_at(api: HfApi, repo_id: str) -> Look:
 
 def _weights_digest(entries: Iterable[RepoFile | RepoFolder]) -> str:
     """16 hexadecimal digits of which weight files lie at the top of a repository, by name and hash."""
-    files = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith((*WEIGHTS, *PICKLES))]
+    files = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith(WEIGHTS)]
     known = sorted((file.path, file.lfs.sha256 if file.lfs else file.blob_id) for file in files)
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.matrix import dimension
-from lmd_hf.matrix.kernels import CHUNK_ENTRIES, UNIT_ROUNDOFF, get_kernel
+from lmd_hf.matrix.kernels import CHUNK_ENTRIES, UNIT_ROUNDOFF, spectrum_of
 from lmd_hf.matrix.subspaces import leading_subspaces, principal_angles
 
 
@@ -103,7 +103,7 @@ def measure_change(base: Side, tuned: Side) -> tuple[Update, Drift]:
 
 def measure_update(delta_OI: Float[Tensor, "O I"], stored_floor: float, base_norm: float) -> Update:
     """`Update` of a Δ ≠ 0. The floor is that of storage plus the arithmetic's own max(O, I)·2⁻⁵³·σ₁(Δ)."""
-    spectrum = get_kernel("exact")(delta_OI)
+    spectrum = spectrum_of(delta_OI, "exact")
     s = spectrum.values.numpy()
     s.flags.writeable = False
     floor = stored_floor + max(delta_OI.shape) * UNIT_ROUNDOFF * float(s[0])
@@ -154,7 +154,7 @@ def rounding_floor(*errors: tuple[Tensor, Tensor]) -> float:
 
 def measure_drift(base_OI: Float[Tensor, "O I"], tuned_OI: Float[Tensor, "O I"], floors: list[float]) -> Drift:
     """`Drift` from one matrix to another, `floors` the rounding of each; n' is the base's default."""
-    spectra = [get_kernel("exact")(w).values.numpy() for w in (base_OI, tuned_OI)]
+    spectra = [spectrum_of(w, "exact").values.numpy() for w in (base_OI, tuned_OI)]
     (s_base, s_tuned), size = spectra, float(np.linalg.norm(spectra[0]))
     moved = float(np.linalg.norm(s_tuned - s_base)) / size if size > 0 else None
     count, rule = dimension.latent_dimension(s_base, s_base, max(base_OI.shape), "identity")

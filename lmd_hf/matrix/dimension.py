@@ -69,7 +69,9 @@ def numerical_rank(sigma: Float[ndarray, " m"], n: int, relative: float, absolut
 
 
 def gavish_donoho(sigma: Float[ndarray, " m"], n: int) -> int:
-    """#{σ > ω(m/n)·median(σ)}: the rank that denoises best when the noise level is unknown, m ≤ n."""
+    """#{σ > ω(m/n)·median(σ)}: the rank that denoises best when the noise level is unknown, m ≤ n; the rank itself
+    where at least half of the values are 0 (`noise.settled`)."""
+    sigma = noise.settled(sigma, n)
     return int((sigma > noise.gavish_donoho_omega(len(sigma) / n) * np.median(sigma)).sum())
 
 

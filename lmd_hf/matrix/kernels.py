@@ -32,6 +32,7 @@ FLOOR = 1e-6
 RITZ_CUT = (
     1 / 2000
 )  # values below RITZ_CUT · σ₁ are refined: there the Gram route still has 9 digits, so the cut is safe
+SMALLEST = 1e-140  # σ₁ from which figures can be taken, and the inverse of the greatest
 SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
 UNFIT = "the factors hold NaN or infinity"
 TALL = 2  # so does taking all eigenvectors, unless W is more than twice as long as wide
@@ -117,8 +118,12 @@ def sketch(w_OI: Float[Tensor, "O I"], *, seed: int = 0, tolerance: float = TOLE
 
 def spectrum_of(w: Tensor | Factored, kernel: str, **options: Any) -> Spectrum:
     """The spectrum of a matrix by the kernel of that name and with its options, or of a product of thin factors, which
-    needs none."""
-    return thin(w) if isinstance(w, Factored) else get_kernel(kernel)(w, **options)
+    needs none. Raises `ValueError` as they do, and where float64 does not hold sums of σ²."""
+    found = thin(w) if isinstance(w, Factored) else get_kernel(kernel)(w, **options)
+    first = float(found.values[0])
+    if first > 0 and not SMALLEST < first < 1 / SMALLEST:
+        raise ValueError(f"its largest singular value is {first:.0e}, and float64 does not hold the squares of such")
+    return found
 
 
 KERNELS: dict[str, Callable[..., Spectrum]] = {"exact": exact, "sketch": sketch}
@@ -137,7 +142,7 @@ def power_of_two(w: Tensor) -> float:
     if w.dtype != torch.float64:
         return 1.0
     largest = w.abs().max().item()
-    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+    return 2.0 ** min(math.frexp(largest)[1], 1023) if 0 < largest < math.inf else 1.0
 
 
 def _chunks(w_LK: Tensor, scale: float) -> Iterator[Tensor]:

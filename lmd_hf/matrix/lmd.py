@@ -96,13 +96,18 @@ def decompose(
     >>> decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2).s_K
     tensor([3., 2.], dtype=torch.float64)
     """
+    if not isinstance(w_OI, Tensor) or w_OI.ndim != 2 or not w_OI.is_floating_point() or w_OI.layout != torch.strided:
+        raise ValueError(
+            f"decompose takes a dense matrix of floating-point numbers as a torch tensor, not {_kind(w_OI)}"
+        )
+    w_OI = w_OI.detach()
     m_x, m_y = input_metric or identity(), output_metric or identity()
     full = min(w_OI.shape)
     rank = full if rank is None else rank
     if full == 0 or not torch.isfinite(w_OI).all():
         raise ValueError(f"cannot decompose a matrix of shape {tuple(w_OI.shape)} that is empty or not finite")
-    if not 1 <= rank <= full:
-        raise ValueError(f"rank must be between 1 and {full}, got {rank}")
+    if rank not in range(1, full + 1):
+        raise ValueError(f"rank must be a whole number between 1 and {full}, got {rank}")
     for metric, size, side in ((m_x, w_OI.shape[1], "input"), (m_y, w_OI.shape[0], "output")):
         if metric.eigenvalues is not None and len(metric.eigenvalues) != size:
             raise ValueError(f"the {side} metric has size {len(metric.eigenvalues)}, the matrix needs {size}")
@@ -126,6 +131,10 @@ def decompose(
         m_x.regularisation,
         m_y.regularisation,
     )
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def decompose_product(product: Factored, *, rank: int | None = None) -> LMD:

@@ -61,9 +61,15 @@ def gavish_donoho_omega(beta: float) -> float:
     return known / math.sqrt(mp_median(beta))
 
 
+def settled(sigma: Float[ndarray, " m"], n: int) -> Float[ndarray, " m"]:
+    """σ with 0 for every value that float64 cannot tell from 0: up to max(n, 8√m)·u·σ₁, u = 2⁻⁵³."""
+    return np.where(sigma > max(n, 8 * math.sqrt(len(sigma))) * 2.0**-53 * sigma[0], sigma, 0.0)
+
+
 def noise_level(sigma: Float[ndarray, " m"], n: int) -> float:
-    """v = median(λ) / median of Marchenko–Pastur: the noise variance times n, in one pass (iterating runs away)."""
-    return float(np.median(sigma**2)) / mp_median(len(sigma) / n)
+    """v = median(λ) / median of Marchenko–Pastur: the noise variance times n, in one pass (iterating runs away); 0
+    where half of the values or more are 0 (`settled`)."""
+    return float(np.median(settled(sigma, n) ** 2)) / mp_median(len(sigma) / n)
 
 
 def mp_edge(sigma: Float[ndarray, " m"], n: int) -> float:

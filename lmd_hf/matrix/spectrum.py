@@ -71,8 +71,10 @@ def error_parts(found: Sequence[float | int | None]) -> tuple[float, float, floa
     return sampling, TRUNCATION * float(np.abs(coarse - theta).max()), float(max(abs(up - theta), abs(down - theta)))
 
 
-def interval_of(found: Sequence[float | int | None], grain: float = 0.0) -> tuple[float, float] | None:
-    """The number ± the sum of its `error_parts` and `grain`, the step in which it moves; not below 0.
+def interval_of(
+    found: Sequence[float | int | None], grain: float = 0.0, least: float = 0.0
+) -> tuple[float, float] | None:
+    """The number ± the sum of its `error_parts` and `grain`, the step in which it moves; not below `least`.
 
     A count, which is an `int`, has a grain of 1 and whole ends.
     """
@@ -81,8 +83,8 @@ def interval_of(found: Sequence[float | int | None], grain: float = 0.0) -> tupl
         return None
     half = sum(parts) + grain
     if isinstance(theta, int):
-        return max(math.floor(theta - half) - 1.0, 0.0), math.ceil(theta + half) + 1.0
-    return max(float(theta) - half, 0.0), float(theta) + half
+        return max(math.floor(theta - half) - 1.0, least), math.ceil(theta + half) + 1.0
+    return max(float(theta) - half, least), float(theta) + half
 
 
 def student_quantile(degrees: int) -> float:

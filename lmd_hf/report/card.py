@@ -14,6 +14,7 @@ from lmd_hf.report.text import (
     DATA_COLUMNS,
     DATA_LEGEND,
     ROLE_COLUMNS,
+    bound,
     by_role,
     convergence_lines,
     coverage_line,
@@ -163,10 +164,14 @@ def _accuracy(matrices: tuple[MatrixReport, ...]) -> str:
     exact = max((m.error_bound for m in matrices if m.intervals is None), default=0.0)
     sketched = [m for m in matrices if m.intervals is not None]
     if not sketched:
-        return f"Every singular value above 10⁻⁶ of the largest is within {exact:.0e} of its exact value, relatively."
-    return (
+        return (
+            f"Every singular value above 10⁻⁶ of the largest is within {bound(exact)} of its exact value, relatively."
+        )
+    told = (
         f"{len(sketched)} of {len(matrices)} matrices are sketched: their leading singular values are within "
-        f"{max(m.error_bound for m in sketched):.0e} of the exact ones, relatively, and their other numbers are "
-        f"estimates whose 95 % intervals stand in the report. In all others every singular value above 10⁻⁶ of the "
-        f"largest is within {exact:.0e}."
+        f"{bound(max(m.error_bound for m in sketched))} of the exact ones, relatively, and their other numbers are "
+        "estimates whose 95 % intervals stand in the report."
     )
+    if len(sketched) == len(matrices):
+        return told
+    return f"{told} In all others every singular value above 10⁻⁶ of the largest is within {bound(exact)}."

@@ -6,7 +6,7 @@ The paper (arXiv 2309.05968) names three; the measures and thresholds are this p
 from lmd_hf.changes import MatrixChange
 from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import Finding, MatrixReport
-from lmd_hf.run.convergence import looks_untrained
+from lmd_hf.run.convergence import can_look_untrained, looks_untrained
 
 
 EXTREMES = 3
@@ -24,9 +24,13 @@ def find(
     slow = tuple(label(m) for m, ratio in ratios if ratio >= slow_decay)
     even = f"{len(slow)} of {len(ratios)} matrices spread their energy almost as evenly as noise: no low-rank structure"
     if not ratios:
-        even = "in the metric of data noise has another participation ratio"
+        of_data = any(m.metric == "data" for m in matrices)
+        even = "in the metric of data noise has another participation ratio" if of_data else "no matrix has two values"
     raw = tuple(label(m) for m in matrices if looks_untrained(m))
-    like_noise = f"{len(raw)} of {len(matrices)} matrices cannot be told from i.i.d. noise, as at initialisation"
+    judged = sum(map(can_look_untrained, matrices))
+    like_noise = f"{len(raw)} of {judged} matrices cannot be told from i.i.d. noise, as at initialisation"
+    if not judged:
+        like_noise = "no matrix is large enough to tell it from noise"
     if verdict == "stable" and raw:
         like_noise = f"the training is stable; {like_noise}"
     return (
@@ -41,7 +45,7 @@ def find(
         _high_dimension(matrices),
         Finding(
             "not converged",
-            "found" if raw and verdict != "stable" else "not found",
+            "not measured" if not judged else "found" if raw and verdict != "stable" else "not found",
             like_noise,
             "no spikes beyond noise at 99 %, and Kolmogorov–Smirnov distance to Marchenko–Pastur below threshold / k",
             NOISE_FIT,

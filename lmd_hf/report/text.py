@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
+from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,7 @@ COLUMNS = (
     "error bound",
 )
 SHOWN_LAYERS = 12
+ONE_DIGIT_UP = Context(prec=1, rounding=ROUND_CEILING)
 
 
 def summary(report: "Report") -> str:
@@ -83,11 +85,13 @@ def _of_data(matrices: tuple[MatrixReport, ...]) -> list[str]:
 def coverage_line(coverage: Coverage) -> str:
     """How many of the stored parameters were decomposed, and why the others were not."""
     line = f"{coverage.decomposed:,} of {coverage.parameters:,} parameters decomposed ({percent(coverage.fraction)})"
+    again = sum(math.prod(alias.shape) for alias in coverage.aliases if alias.stored)
     if coverage.skipped:
-        size = coverage.parameters - coverage.decomposed
+        size = coverage.parameters - coverage.decomposed - again
         line += f"; skipped {size:,}: {reasons(coverage.skipped)}"
     if coverage.aliases:
         line += f"; tied: {', '.join(f'{a.name} = {a.of}' for a in coverage.aliases)}"
+        line += f", stored again: {again:,}" if again else ""
     return line
 
 
@@ -180,8 +184,13 @@ def spread(values: Iterable[float | None], show: Callable[[float | None], str]) 
 
 
 def rounded(digits: int) -> Callable[[float | None], str]:
-    """A formatter with that many decimals; `–` for no number."""
-    return lambda value: "–" if value is None else f"{value:,.{digits}f}"
+    """A formatter with that many decimals, one of a half between two whole numbers; `–` for no number."""
+    return lambda value: "–" if value is None else f"{value:,.{digits or int(value % 1 == 0.5)}f}"
+
+
+def bound(value: float) -> str:
+    """A bound with one digit, rounded up: what is printed bounds too."""
+    return f"{float(ONE_DIGIT_UP.create_decimal(repr(value))):.0e}"
 
 
 def table(report: "Report", *, limit: int | None = None) -> str:
@@ -203,7 +212,7 @@ def matrix_row(matrix: MatrixReport) -> tuple[str, ...]:
         with_error(matrix, "stable_rank", 1),
         with_error(matrix, "mp_spikes", 0),
         "–" if matrix.capacity_log10 is None else f"10^{matrix.capacity_log10:.2f}",
-        f"{matrix.error_bound:.0e}",
+        bound(matrix.error_bound),
     )
 
 

@@ -17,6 +17,7 @@ from lmd_hf.records import MatrixReport
 
 
 LAST_SHARE, LEAST_POINTS = 0.1, 10  # of a loss curve: its last tenth, but no fewer points
+LEAST_SIDE = 24  # of a matrix whose spectrum can be told from noise's
 HUGE = 1e100  # a loss or a step beyond it is no number
 Place = tuple[str, int | None]  # stack and layer
 
@@ -205,20 +206,27 @@ def judge_weights(matrices: Sequence[MatrixReport], thresholds: Thresholds) -> E
 
 
 def _untrained(place: Place, matrices: Sequence[MatrixReport], thresholds: Thresholds) -> LayerVerdict:
-    judged = sum(matrix.mp_fit_distance is not None for matrix in matrices)
+    judged = sum(map(can_look_untrained, matrices))
     raw = sum(looks_untrained(matrix) for matrix in matrices)
     verdict = UNSTABLE if judged and raw >= thresholds.untrained_share * judged else UNKNOWN
     return LayerVerdict(*place, verdict, {"untrained": raw, "judged": judged})
 
 
+def can_look_untrained(matrix: MatrixReport) -> bool:
+    """Whether `looks_untrained` says anything: below a short side of 24 hardly a spectrum is further than 6/k from
+    Marchenko–Pastur, and up to 6 none can be."""
+    return matrix.mp_fit_distance is not None and min(matrix.shape) >= LEAST_SIDE
+
+
 def looks_untrained(matrix: MatrixReport) -> bool:
-    """Indistinguishable from an i.i.d. matrix: no spikes, and a bulk closer to Marchenko–Pastur than 6/k.
+    """Indistinguishable from an i.i.d. matrix: no spikes, and a bulk closer to Marchenko–Pastur than 6/k; of a matrix
+    that is too small to tell (`can_look_untrained`) never.
 
     Spikes are counted at 99 %, the error bar of their number, for at 95 % up to one noise matrix in eight shows one.
     Of a sketch this is said where the intervals leave room for it, for noise itself is never told apart by less.
     """
     intervals, distance, spikes = matrix.intervals or {}, matrix.mp_fit_distance, matrix.mp_spikes_99
-    if distance is None or spikes is None:
+    if distance is None or spikes is None or not can_look_untrained(matrix):
         return False
     least, fewest = (intervals.get(n, (v,))[0] for n, v in (("mp_fit_distance", distance), ("mp_spikes_99", spikes)))
     return fewest == 0 and least < NOISE_FIT / min(matrix.shape)

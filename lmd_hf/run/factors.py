@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,10 +20,16 @@ from lmd_hf.records import Factored, MatrixRef
 from lmd_hf.weights.stored import Stored
 
 
+LONGEST = 200  # characters of a file's name that are a matrix's: file systems take 255
+
+
 def factor_file(folder: Path, ref: MatrixRef) -> Path:
     """Where the factors of a matrix are: its name, and its part if it is one of several in a tensor."""
     name = f"{ref.name}.{ref.part}" if ref.part else ref.name
-    return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).lstrip('.')}.safetensors"
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).lstrip(".")[:LONGEST]
+    if plain != name:  # another name may have become the same
+        plain += f"-{xxhash.xxh3_64_hexdigest(name.encode('utf-8', 'surrogatepass'))}"
+    return folder / f"{plain}.safetensors"
 
 
 def is_written(folder: Path, ref: MatrixRef, rank: int, key: str) -> bool:

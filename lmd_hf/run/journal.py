@@ -37,7 +37,7 @@ from lmd_hf.weights.stored import Rounding, Stored
 LIBRARY = "lmd_hf"  # the folder among the cached assets
 SUFFIX = ".spectra"
 VERSION = (
-    f"2 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
+    f"3 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
 )
 PLACE = "@"  # how keys of places begin; one that is nothing more names none
 LONGEST_NAME = 120  # of a folder; of a long path its end
@@ -61,7 +61,7 @@ class Keys:
 
 @dataclass
 class Journal:
-    """The finished spectra of one model. Without a folder it remembers nothing.
+    """The finished spectra of one model. Without a folder, as when it is closed, it remembers nothing.
 
     `reused` counts what was found. Whatever goes wrong with the folder costs the memory, never the run: it is logged
     once, as a warning.
@@ -105,6 +105,8 @@ class Journal:
         body = f"{keys.content} {keys.place} {json.dumps(_to_record(spectra))}".encode()
         line = _checksum(body) + b" " + body + b"\n"
         with self.lock:
+            if self.folder is None:  # closed in the meantime, by a run that has ended without this worker
+                return
             try:
                 self._append(self.folder, line)
             except OSError as error:
@@ -127,12 +129,13 @@ class Journal:
             self.synced = time.monotonic()
 
     def close(self) -> None:
-        """All that was written is on disk."""
-        if self.file >= 0:
-            with contextlib.suppress(OSError):
-                os.fsync(self.file)
-            os.close(self.file)
-            self.file = -1
+        """All that was written is on disk; from here on nothing is: the number of the file may be another file's."""
+        with self.lock:
+            if self.file >= 0:
+                with contextlib.suppress(OSError):
+                    os.fsync(self.file)
+                os.close(self.file)
+            self.folder, self.file = None, -1
 
     def _warn(self, error: OSError) -> None:
         if not self.warned:

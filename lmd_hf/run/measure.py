@@ -1,6 +1,7 @@
 """All numbers of one matrix: the only place where `weights` and `matrix` meet."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -135,7 +136,7 @@ def _estimated(
         for name, value in found[0].items()
         if isinstance(value, (int, float))
         and len(found) > 1
-        and (interval := interval_of([each[name] for each in found], grain=_grain(name, ref))) is not None
+        and (interval := interval_of([each[name] for each in found], _grain(name, ref), _least(name))) is not None
     }
     distance = found[0]["mp_fit_distance"]
     if distance is None or not noise.bulk_is_mp_like(
@@ -157,6 +158,11 @@ def _paired(*spectra: Spectrum) -> list[list[np.ndarray]]:
 def _grain(name: str, ref: MatrixRef) -> float:
     """The distance of two distribution functions moves in steps of one value; counts have their own grain."""
     return 1 / min(ref.shape) if name == "mp_fit_distance" else 0.0
+
+
+def _least(name: str) -> float:
+    """Logarithms go below 0, all other numbers do not."""
+    return -math.inf if name in ("log_volume", "capacity_log10") else 0.0
 
 
 def _numbers(ref: MatrixRef, s: np.ndarray, raw: np.ndarray, rounding: Rounding, metric: str, degree: int) -> Numbers:
@@ -185,7 +191,7 @@ def _numbers(ref: MatrixRef, s: np.ndarray, raw: np.ndarray, rounding: Rounding,
 
 def _noise(raw: np.ndarray, n: int) -> Numbers:
     """The Marchenko–Pastur figures of σ(W)."""
-    if n < 2 or np.median(raw) <= 0:
+    if n < 2 or noise.noise_level(raw, n) <= 0:
         return dict.fromkeys(NOISE)
     return {
         "mp_edge": noise.mp_edge(raw, n),

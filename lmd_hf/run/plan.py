@@ -42,7 +42,7 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
         skipped=inventory.skipped + tuple(unselected),
         aliases=inventory.aliases,
         parameters=inventory.parameters,
-        notes=(*inventory.notes, *(_unformed(inventory, chosen) if settings.heads else ())),
+        notes=(*inventory.notes, *_unfolded(chosen, settings, identity), *_unformed(inventory, chosen, settings)),
     )
 
 
@@ -62,7 +62,15 @@ def plan_mlps(inventory: Inventory, settings: Settings) -> tuple[MlpRef, ...]:
     return tuple(mlp for mlp in list_mlps(inventory.selected) if any(map(is_chosen, mlp_matrices(mlp))))
 
 
-def _unformed(inventory: Inventory, chosen: list[MatrixRef]) -> tuple[str, ...]:
+def _unfolded(chosen: list[MatrixRef], settings: Settings, identity: ModelIdentity) -> tuple[str, ...]:
+    if settings.metric != "norm" or any(ref.norm for ref in chosen):
+        return ()
+    return (f"no norm is known to feed a matrix of model_type '{identity.model_type}': norm is the identity here",)
+
+
+def _unformed(inventory: Inventory, chosen: list[MatrixRef], settings: Settings) -> tuple[str, ...]:
+    if not settings.heads:
+        return ()
     names = {ref.name for ref in chosen}
     return unformed_notes(each for each in list_heads(inventory)[1] if each.name in names)
 

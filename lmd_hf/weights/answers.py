@@ -7,6 +7,7 @@ from typing import TypeVar
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -29,6 +30,8 @@ def told(repo_id: str, call: Callable[[], T], *, revision: str | None = None) ->
         raise SourceError(f"{repo_id}: gated; accept its terms on its page, then `hf auth login`") from None
     except RevisionNotFoundError:
         raise SourceError(f"{repo_id}: no revision '{revision}'; see the branches on its page") from None
+    except HFValidationError:
+        raise SourceError(f"{repo_id}: no such folder or file, and not a Hub id (org/name); check the path") from None
     except RepositoryNotFoundError:
         raise SourceError(
             f"{repo_id}: no such folder, and no such Hub repository (if private: `hf auth login`)"

@@ -161,6 +161,8 @@ def _split_block(path: str) -> tuple[str, str] | None:
 
 def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
     place = context.tree.places[weight.name]
+    if weight.tensors[0].unread:
+        return _skip(weight, weight.tensors[0].unread)
     companion = _companion_of(weight, context)
     if companion is not None:
         return _skip(weight, f"companion of {companion}")

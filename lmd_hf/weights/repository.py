@@ -12,8 +12,11 @@ from lmd_hf.records import TensorRef
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = (".safetensors", ".bin", ".gguf")
-TRAINING_STATE = r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)(?:_\d+)?\b.*"
+WEIGHTS = (".safetensors", ".gguf", *PICKLES)
+TRAINING_STATE = (
+    r"(?:training_args|optim(?:izer)?|scheduler|scaler|rng_state|random_states|trainer_state|sampler|dl_state_dict|"
+    r"custom_checkpoint)(?:_\d+)?\b.*"
+)
 STATE = "trainer_state.json"
 STATE_BYTES = 100e6  # more than a loss curve of a million points
 PARAMS = "params.json"  # which says how wide LLaMA's own files, `consolidated.00.pth` …, are when joined
@@ -85,12 +88,23 @@ def _plain_name(name: str) -> str:
 
 
 def unread_files(present: list[str], read: list[str]) -> tuple[str, ...]:
-    """A note that names the weight files which are there, here or in folders below, but not read. A pickle beside
-    safetensors holds the same weights and is not named."""
-    weights = [PurePosixPath(name) for name in present if name.endswith(".safetensors")]
-    folders = {path.parent for path in weights}
-    pickles = [path for path in map(PurePosixPath, present) if path.match("pytorch_model*.bin")]
-    unread = sorted({str(p) for p in (*weights, *(p for p in pickles if p.parent not in folders))} - set(read))
+    """A note that names the weight files which are there, here or in folders below, but not read.
+
+    Not named are a pickle beside safetensors of the same weights, what a trainer keeps of its own state, and pickles
+    of other names in folders below, which may hold anything.
+    """
+    paths = [path for path in map(PurePosixPath, present) if not re.fullmatch(TRAINING_STATE, path.name)]
+    safetensors = {path for path in paths if path.suffix == ".safetensors"}
+    folders = {path.parent for path in safetensors}
+
+    def told(path: PurePosixPath) -> bool:
+        if path.suffix not in PICKLES:
+            return path.suffix in WEIGHTS
+        if path.match("*pytorch_model*"):
+            return path.parent not in folders
+        return path.parent == PurePosixPath() and path.with_suffix(".safetensors") not in safetensors
+
+    unread = sorted({str(path) for path in paths if told(path)} - set(read))
     if not unread:
         return ()
     named = ", ".join(unread[:NAMED]) + (f" and {len(unread) - NAMED} more" if len(unread) > NAMED else "")

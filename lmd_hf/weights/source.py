@@ -1,6 +1,7 @@
 """Where a model's tensors are: a folder, a file, a Hub repository or a live module. One tensor is read at a time."""
 
 import mmap
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lmd_hf
-from lmd_hf.errors import FormatError, SourceError
+from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, Weight, WeightFile
 from lmd_hf.weights.gguf import read_gguf
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.local import Stamp, readable, stamp
 from lmd_hf.weights.lora import adapter_note, is_adapter
-from lmd_hf.weights.pickled import read_pickled, repeated
+from lmd_hf.weights.pickled import Pickled, read_pickled, repeated
 from lmd_hf.weights.ranged import Connection, RemoteFile
 from lmd_hf.weights.repository import (
     PICKLES,
@@ -126,11 +127,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Safetensors files. `locate` gives a weight file to read from: a path, or a file on the Hub, read by ranges.
-    `subfolder` and `token` are what the repository was opened with. `training` finds the (name, path) of the state that
-    a trainer left beside them, and fetches it. `loaded` keeps the whole model, by device, for whoever runs it again,
-    `memory` what was fetched for whoever reads it again, `ahead` what is fetched before its turn (`fetching`). `stamps`
-    are those of the files on disk when the source was opened: what is read of another file is no answer."""
+    """Weight files. `locate` gives one to read from: a path, or a file on the Hub, read by ranges; `pickles` are those
+    that were read when they were opened. `subfolder` and `token` are what the repository was opened with. `training`
+    finds the (name, path) of the state that a trainer left beside them, and fetches it. `loaded` keeps the whole model,
+    by device, for whoever runs it again, `memory` what was fetched for whoever reads it again, `ahead` what is fetched
+    before its turn (`fetching`). `stamps` are those of the files on disk when they were opened: what is read of another
+    file is no answer."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -142,6 +144,7 @@ class FileSource:
     connection: Connection | None = None
     updates: tuple[Weight, ...] = ()
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    pickles: dict[str, Pickled] = field(default_factory=dict, compare=False, repr=False)
     subfolder: str = ""
     token: str | bool | None = field(default=None, repr=False)
     training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
@@ -156,8 +159,10 @@ class FileSource:
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads just those bytes (no mapping, so memory in use is the slice itself); of a pickle, a mapped slice; of
         a type that torch does not have, the bytes of each row."""
-        if tensor.file.endswith(PICKLES):
-            return read_pickled(_local(self.locate(tensor.file)))[tensor.name].reshape(tensor.shape)[start:stop]
+        if tensor.unread:
+            raise NoDataError(tensor.unread)
+        if tensor.file in self.pickles:
+            return self.pickles[tensor.file].read(tensor.name).reshape(tensor.shape)[start:stop]
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         key = tensor, start, stop
@@ -241,20 +246,16 @@ def open_source(
         from lmd_hf.weights.live import open_live
 
         return open_live(model)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # which, unlike those of Path, raise nothing for names that cannot be
     with readable(path):
-        if path.is_file():
+        if os.path.isfile(path):
             return _open_file(path)
-        if (path / subfolder).is_dir():
+        if os.path.isdir(path / subfolder):
             return open_folder(path / subfolder, identifier=str(model))
     text = str(model)
     if text == EMBEDDED_ID and revision is None:
         return open_folder(EMBEDDED_FOLDER, identifier=text)
-    if (
-        re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", text)
-        and not text.startswith((".", "~"))
-        and path.suffix not in (".safetensors", ".gguf", *PICKLES)
-    ):
+    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", text) and not text.startswith((".", "~")) and path.suffix not in WEIGHTS:
         from lmd_hf.weights.hub import open_repository
 
         return open_repository(text, revision=revision, subfolder=subfolder, token=token, download=download)
@@ -265,63 +266,96 @@ def open_folder(folder: Path, *, identifier: str) -> FileSource:
     """A folder in Hub layout: config.json and model.safetensors, or shards with their index, or another weight file."""
     present = sorted(path.name for path in folder.iterdir())
     names, index = weight_files(present, str(folder)), None
-    below = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.suffix in WEIGHTS]
     if names[0].endswith(".json"):
-        index = read_index((folder / names[0]).read_bytes(), f"{folder}/{names[0]}")
+        index = read_index(_file(folder / names[0]).read_bytes(), f"{folder}/{names[0]}")
         names = index.shards
         if absent := [name for name in names if name not in present]:
             raise FormatError(f"{index.where}: names {len(absent)} shards that are absent, first '{absent[0]}'")
     source = from_files(folder, names, read_config(folder / config_file(names)), identifier)
     if index is not None:
         index.check(source.tensors)
-    return replace(source, notes=(*source.notes, *unread_files([*present, *below], names)))
+    near = [path for path in (*folder.iterdir(), *folder.glob("*/*")) if path.suffix in WEIGHTS and path.is_file()]
+    unread = unread_files([path.relative_to(folder).as_posix() for path in near], names)
+    return replace(source, notes=(*source.notes, *unread))
 
 
 def _open_file(path: Path) -> FileSource:
-    if path.suffix not in (".safetensors", ".gguf", *PICKLES):
+    if path.suffix not in WEIGHTS:
         kinds = "a folder, a .safetensors, .gguf or .bin file, or a Hub id"
         raise SourceError(f"{path}: not a weight file; give {kinds}")
     return from_files(path.parent, [path.name], read_config(path.parent / config_file([path.name])), str(path))
 
 
+def _file(path: Path) -> Path:
+    """The path; `SourceError` if no file is there, before something waits for a pipe to be written."""
+    if not path.is_file():
+        raise SourceError(f"{path}: not a file but a folder, a pipe or a link that leads nowhere; put the file there")
+    return path
+
+
 def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, identifier: str) -> FileSource:
     """These files of a folder as a source; their headers are read, and checked."""
-    stamps = {name: stamp(folder / name) for name in names}
     files: list[WeightFile] = []
     tensors: list[TensorRef] = []
     shared: dict[str, str] = {}
-    notes: tuple[str, ...] = ()
+    pickles: dict[str, Pickled] = {}
+    stamps: dict[str, Stamp] = {}
+    notes: list[str] = []
     for name in names:
-        path = folder / name
+        path = _file(folder / name)
+        stamps[name] = stamp(path)
         if path.suffix == ".gguf":
             found, told = read_gguf(path, name)
-            config, notes = {**told, **(config or {})}, (GGUF_NOTE,)
+            config = {**told, **(config or {})}
+            notes.append(GGUF_NOTE)
+        elif path.suffix in PICKLES:
+            pickles[name] = held = read_pickled(path)
+            found = _pickled_header(held, name)
+            shared |= repeated({ref.name: held.tensors[ref.name] for ref in found if not ref.unread})
+            notes += held.notes()
         else:
             found = read_local_header(path, name)
-        if path.suffix in PICKLES:
-            shared |= repeated(read_pickled(path))
         tensors += [tensor for tensor in found if tensor.name not in shared]
-        blob = path.resolve().name  # in the Hub's cache a weight file is a link to a blob called by its hash
-        size = path.stat().st_size
-        files.append(WeightFile(name, size, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None))
+        files.append(WeightFile(name, path.stat().st_size, _blob_hash(path)))
     identity = make_identity(identifier, None, None, config, files)
     if config is not None and is_adapter(config):
-        notes = (adapter_note(config),)
+        notes.append(adapter_note(config))
     source = FileSource(
-        identity, config, (), lambda name: folder / name, stamps=stamps, training=partial(find_state, folder)
+        identity,
+        config,
+        (),
+        lambda name: folder / name,
+        stamps=stamps,
+        notes=tuple(notes),
+        pickles=pickles,
+        training=partial(find_state, folder),
     )
     if is_sliced(names):
         from lmd_hf.weights.sliced import join
 
         return join(source, tensors)
-    return replace(source, tensors=unique(tensors), shared=tuple(shared.items()), notes=notes)
+    return replace(source, tensors=unique(tensors), shared=tuple(shared.items()))
+
+
+def _blob_hash(path: Path) -> str | None:
+    """The SHA-256 of a file in the Hub's cache: REPO/snapshots/COMMIT/… links to REPO/blobs/HASH. Elsewhere a name is
+    but a name."""
+    blob = path.resolve()
+    cached = blob.parent.name == "blobs" and blob.parent.with_name("snapshots") in path.parent.resolve().parents
+    return blob.name if cached and re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
+
+
+def _pickled_header(pickled: Pickled, file: str) -> tuple[TensorRef, ...]:
+    refs = []
+    for name, value in pickled.tensors.items():
+        shape = (value.numel(),) if value.is_nested else tuple(value.shape)
+        reason = pickled.unread.get(name, "")
+        refs.append(TensorRef(name, file, 0, 0 if reason else value.nbytes, dtype_name(value), shape, unread=reason))
+    return tuple(refs)
 
 
 def read_local_header(path: Path, name: str) -> tuple[TensorRef, ...]:
-    """The tensors of one file on disk."""
-    if path.suffix in PICKLES:
-        values = read_pickled(path)
-        return tuple(TensorRef(n, name, 0, v.nbytes, dtype_name(v), tuple(v.shape)) for n, v in values.items())
+    """The tensors of one safetensors file on disk."""
     with path.open("rb") as file:
 
         def read(start: int, stop: int) -> bytes:
@@ -329,11 +363,6 @@ def read_local_header(path: Path, name: str) -> tuple[TensorRef, ...]:
             return file.read(stop - start)
 
         return read_header(name, path.stat().st_size, read)
-
-
-def _local(place: Path | RemoteFile) -> Path:
-    assert isinstance(place, Path), "only safetensors are read over the network"
-    return place
 
 
 def make_identity(

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lmd_hf.matrix import dimension as d
+from lmd_hf.matrix.kernels import exact
+from lmd_hf.matrix.noise import noise_level
 
 
 # β: stable rank, participation ratio, effective rank on λ, effective rank on σ, each over m
@@ -117,3 +120,19 @@ def test_log_volume_is_the_determinant_of_the_kept_axes():
     assert d.log_volume(sigma, 4) is None  # a flattened axis
     assert d.log_volume(sigma, None) is None
     assert d.log_volume(sigma * np.e, 3) == pytest.approx(d.log_volume(sigma, 3) + 3)
+
+
+@pytest.mark.parametrize(
+    ("w", "rank"),
+    [
+        (torch.ones(20, 30), 1),
+        (torch.arange(40.0)[:, None] * torch.arange(60.0) % 3, None),
+        (torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16().repeat_interleave(4, 0), 16),
+    ],
+)
+def test_zeros_that_are_rounded_are_zeros(w, rank):
+    """Where half of the values are exactly 0 the median is 0, whatever small numbers a solver makes of it."""
+    sigma, n = exact(w).values.numpy(), max(w.shape)
+    rank = rank or int(torch.linalg.matrix_rank(w.double()))
+    assert d.gavish_donoho(sigma, n) == rank
+    assert noise_level(sigma, n) == 0

@@ -130,8 +130,8 @@ def test_degenerate_matrices(w):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 0}, "rank must be between"),
-        ({"rank": 18}, "rank must be between"),
+        ({"rank": 0}, "rank must be a whole number between"),
+        ({"rank": 18}, "rank must be a whole number between"),
         ({"input_metric": norm(torch.ones(3))}, "input metric has size 3"),
         ({"output_metric": norm(torch.ones(3))}, "output metric has size 3"),
     ],
@@ -178,3 +178,12 @@ def test_a_sketch_works_in_metrics_and_gives_way_where_it_does_not_converge(buil
     torch.testing.assert_close(decompose(w, kernel="sketch").s_K, decompose(w).s_K, rtol=1e-9, atol=0)
     with pytest.raises(SettingsError, match="no kernel 'magic'; known: exact, sketch"):
         decompose(w, kernel="magic")
+
+
+@pytest.mark.parametrize(
+    "w",
+    [torch.ones(3, 3, dtype=torch.complex64), torch.ones(2, 3, 3), torch.ones(3), torch.eye(3).to_sparse(), [[1.0]]],
+)
+def test_what_is_no_dense_real_matrix_is_refused(w):
+    with pytest.raises(ValueError, match="decompose takes a dense matrix of floating-point numbers"):
+        decompose.__wrapped__(w)  # without the tests' type check

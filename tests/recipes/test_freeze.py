@@ -108,6 +108,13 @@ def test_shares_are_rounded_up(save):
     assert len(freeze_recipe(analyze(save("llama")), share=1.0, roles=["q"]).trained) == 2
 
 
+def test_a_share_that_is_a_whole_number_of_layers_is_that_number():
+    report = analyze(
+        torch.nn.ModuleDict({f"layers.{i}.q_proj".replace(".", "_"): torch.nn.Linear(8, 8) for i in range(25)})
+    )
+    assert len(freeze_recipe(report, share=0.28, roles=["other"]).trained) == 7
+
+
 def test_only_what_was_chosen_gets_gradients():
     model = make("llama").train()
     freeze(model, ["layers.1.mlp.*"])

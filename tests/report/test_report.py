@@ -164,6 +164,16 @@ def test_coverage_says_100_percent_only_when_nothing_is_missing():
     )
 
 
+def test_what_is_stored_again_was_not_skipped():
+    again = Coverage(100, 60, 0.6, (Skipped("b", (4, 4), "vector"),), (Alias("a", "c", (4, 6), True),), ())
+    assert text.coverage_line(again).endswith("skipped 16: 1 vector; tied: a = c, stored again: 24")
+
+
+def test_bounds_are_rounded_up_and_halves_are_shown():
+    assert [text.bound(value) for value in (2.2988e-10, 9.1e-8, 4e-9, 0.0)] == ["3e-10", "1e-07", "4e-09", "0e+00"]
+    assert [text.rounded(0)(value) for value in (2.5, 11.5, 12, None)] == ["2.5", "11.5", "12", "–"]
+
+
 def test_the_table_has_a_line_a_matrix(report):
     lines = report.table().splitlines()
     assert len(lines) == 2 + len(report.matrices)

@@ -187,3 +187,11 @@ def test_a_layers_own_verdict_counts_for_it():
     found = conclude([loss, Evidence("weights", "the weights", "unknown", "", layers=layers)])
     assert found.verdict == "stable"
     assert [each.verdict for each in found.layers] == ["unstable", "stable"]
+
+
+@pytest.mark.parametrize(("side", "verdict"), [(5, "unknown"), (6, "unknown"), (40, "unstable")])
+def test_a_matrix_too_small_to_tell_from_noise_is_no_evidence(side, verdict):
+    torch.manual_seed(0)
+    rows = analyze(torch.nn.Linear(80, side, bias=False)).matrices
+    found = judge_weights(rows, NORMAL)
+    assert (found.verdict, found.numbers["judged"]) == (verdict, side >= 24)

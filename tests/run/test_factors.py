@@ -1,6 +1,7 @@
 """Factors on disk: they rebuild each matrix, keep to the metric, and are written once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from lmd_hf import analyze, cli
 from lmd_hf.errors import OutputError, SettingsError
 from lmd_hf.matrix.lmd import decompose, decompose_product
 from lmd_hf.records import Factored
+from lmd_hf.run.factors import factor_file
+from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
 
 
 @pytest.fixture
@@ -104,3 +108,11 @@ def test_rank_and_folder_go_together(save, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose another --out"):
         analyze(save("llama"), rank=4, factors=tmp_path / "file")
+
+
+def test_names_that_differ_have_files_that_differ(tmp_path):
+    ref = list_matrices(open_source(torch.nn.Linear(2, 2))).selected[0]
+    refs = [replace(ref, name=name) for name in ("a/b", "a:b", "a-b", "x" * 300, "x" * 299)]
+    files = {factor_file(tmp_path, ref) for ref in refs}
+    assert len(files) == len(refs)
+    assert all(len(file.name) < 255 for file in files)

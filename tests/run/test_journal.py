@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import resource
 import threading
+import time
 from dataclasses import replace
 
 import models
@@ -97,6 +99,43 @@ def test_a_full_disk_costs_the_memory_and_not_the_run(no_memory, caplog):
     assert len(caplog.records) == 1  # said once, not once a matrix
     with open_journal(IDENTITY) as journal:
         assert [journal.has(key * 32) for key in "abc"] == [True, False, True]
+
+
+def test_a_worker_that_outlives_the_run_writes_nothing(no_memory, tmp_path):
+    """The file that is opened next gets the number of the one that was closed."""
+    closed = threading.Event()
+    with open_journal(IDENTITY) as journal:
+        journal.add(Keys("a" * 32, PLACE), spectra(0))
+        number, size = journal.file, only_file(no_memory).stat().st_size
+        late = threading.Thread(target=lambda: (closed.wait(), journal.add(Keys("b" * 32, PLACE), spectra(1))))
+        late.start()
+    with (tmp_path / "of the user").open("wb") as file:
+        assert file.fileno() == number
+        closed.set()
+        late.join()
+    assert (tmp_path / "of the user").stat().st_size == 0
+    assert only_file(no_memory).stat().st_size == size
+
+
+def test_closing_waits_for_the_line_that_is_being_written(no_memory, tmp_path, monkeypatch):
+    begun, write = threading.Event(), os.write
+
+    def slowly(number: int, line: bytes) -> int:
+        begun.set()
+        time.sleep(0.1)
+        return write(number, line)
+
+    with open_journal(IDENTITY) as journal:
+        journal.add(Keys("a" * 32, PLACE), spectra(0))
+        monkeypatch.setattr(os, "write", slowly)
+        late = threading.Thread(target=journal.add, args=(Keys("b" * 32, PLACE), spectra(1)))
+        late.start()
+        begun.wait()
+    with (tmp_path / "of the user").open("wb"):
+        late.join()
+    assert (tmp_path / "of the user").stat().st_size == 0
+    with open_journal(IDENTITY) as journal:
+        assert journal.has("b" * 32)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(no_memory, save, caplog):

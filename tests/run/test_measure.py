@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lmd_hf import analyze
 from lmd_hf.records import Work
 from lmd_hf.run.measure import Spectra, measure, to_row
 from lmd_hf.weights.inventory import list_matrices
@@ -55,3 +56,19 @@ def test_seeds_come_from_which_entries_the_matrix_has(work, matrix):
     first = spectrum(work, matrix).values
     assert torch.equal(first, spectrum(again, matrix).values)
     assert not torch.equal(first, spectrum(other, matrix).values)
+
+
+def test_an_interval_of_a_logarithm_goes_below_zero(work, matrix):
+    scale = 1e-3 * torch.linspace(0.2, 2, 900)
+    row = to_row(work.ref, Spectra(spectrum(work, matrix * scale), None, STORED), kernel="sketch")
+    low, high = row.intervals["log_volume"]
+    assert low <= row.log_volume <= high < 0
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200, 1.7e308])
+def test_numbers_whose_squares_do_not_fit_are_refused(size):
+    module = torch.nn.Linear(30, 20, bias=False, dtype=torch.float64)
+    torch.nn.init.constant_(module.weight, size)
+    report = analyze(module)
+    assert not report.matrices
+    assert "float64 does not hold the squares" in report.coverage.skipped[0].reason

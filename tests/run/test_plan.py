@@ -4,7 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
+from lmd_hf import analyze
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import BLOCK, LANCZOS, PROBES, STEPS
 from lmd_hf.records import Data, Settings
@@ -164,3 +166,9 @@ def test_data_costs_more_than_weights_alone(stage):
     for one, other in zip(plain.works, data.works, strict=True):
         assert other.flops > one.flops
         assert other.bytes > one.bytes
+
+
+@pytest.mark.parametrize(("metric", "told"), [("norm", True), ("identity", False)])
+def test_a_norm_that_is_known_for_no_matrix_is_told(metric, told):
+    report = analyze(torch.nn.Linear(6, 5), metric=metric)
+    assert any("norm is the identity here" in note for note in report.coverage.notes) == told

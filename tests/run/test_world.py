@@ -140,8 +140,13 @@ def test_ranks_that_see_other_bytes_under_the_same_names_are_told(tmp_path, chan
         if number and changed == "dataset":
             rows[-1]["input_ids"][0] = 1
         (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    weights = tmp_path / "0" / "model" / "model.safetensors"
-    blob = tmp_path / hashlib.sha256(weights.read_bytes()).hexdigest()
+    snapshot, blobs = tmp_path / "snapshots" / "commit", tmp_path / "blobs"
+    blobs.mkdir()
+    snapshot.parent.mkdir()
+    (tmp_path / "0" / "model").rename(snapshot)
+    (tmp_path / "0" / "model").symlink_to(snapshot)
+    weights = snapshot / "model.safetensors"
+    blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()
     weights.rename(blob)
     weights.symlink_to(blob)
     (tmp_path / "script.py").write_text(APART)

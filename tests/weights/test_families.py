@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import models
 import pytest
@@ -289,3 +290,41 @@ def test_every_fused_row_is_reachable_and_cites_its_source():
     falcon = Config({"model_type": "falcon", "new_decoder_architecture": True})
     assert find_fused("h.0.self_attention.query_key_value", falcon).blocks == "kv_heads"
     assert find_fused("h.0.self_attention.query_key_value", Config({"model_type": "gpt9"})) is None
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [
+        ("codegen", "CodeGenForCausalLM"),
+        ("cohere2", "Cohere2ForCausalLM"),
+        ("deepseek_v3", "DeepseekV3ForCausalLM"),
+        ("gemma3_text", "Gemma3ForCausalLM"),
+        ("glm4", "Glm4ForCausalLM"),
+        ("gpt_oss", "GptOssForCausalLM"),
+        ("granitemoe", "GraniteMoeForCausalLM"),
+        ("lfm2", "Lfm2ForCausalLM"),
+        ("minimax_m2", "MiniMaxM2ForCausalLM"),
+    ],
+)
+def test_other_decoders_are_fed_by_the_norms_of_the_table(monkeypatch, model_type, class_name):
+    """Also the gain itself: with what is stored set to minus the offset, the norm gives nothing."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from tiny_models import build
+
+    model = next(build(model_type, class_name))
+    modules, seen = dict(model.named_modules()), _norms_seen(model, {"input_ids": torch.arange(1, 9)[None]})
+    folded = [ref for ref in list_matrices(open_source(model)).selected if ref.norm is not None]
+    for ref in folded:
+        norm, name = ref.norm.tensor.name.removesuffix(".weight"), ref.name.removesuffix(".weight")
+        if name in seen:
+            assert seen[name] == norm
+        gain = modules[norm].weight
+        with torch.no_grad():
+            gain.fill_(-ref.norm.offset)
+            given = modules[norm](torch.randn(2, len(gain)))
+        assert given.abs().max() < 1e-6 or getattr(modules[norm], "bias", None) is not None
+    assert {ref.block for ref in folded} >= {"attention"}
+    assert {ref.block for ref in folded} & {"mlp", "moe"}

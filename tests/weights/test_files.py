@@ -1,8 +1,10 @@
 """Weight files of other kinds than sharded safetensors: pickles, variants, the authors' own layouts, GGUF."""
 
+import hashlib
 import json
 import os
 import pickle
+import re
 
 import gguf
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import torch
 from models import make
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lmd_hf
 from lmd_hf.errors import FormatError, LmdError, SourceError
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.repository import weight_files
+from lmd_hf.weights.repository import unread_files, weight_files
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_stored
 
@@ -97,6 +100,104 @@ def test_a_pickle_without_tensors_says_so(tmp_path):
         open_source(tmp_path / "model.pt")
 
 
+W = torch.arange(24.0).reshape(6, 4)
+STATE = {"a.weight": W}
+DEEP = {"enc": STATE, "l": [W, W], "b.weight": W + 1}
+SPARSE = torch.sparse_coo_tensor([[0], [1]], [2.0], (4, 4))
+CSR = torch.sparse_csr_tensor(torch.tensor([0, 1, 1]), torch.tensor([1]), torch.tensor([2.0]), (2, 4))
+META = torch.empty(6, 4, device="meta")
+RAGGED = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "read", "listed", "beside"),
+    [
+        ({"step": torch.tensor(3.0), "state_dict": STATE}, "a.weight", {}, "step"),
+        ({"ema": {"a": W, "b": W}, "model": STATE}, "a.weight", {}, r"ema \(2 tensors\)"),
+        ({"model": {"b.weight": W}, "state_dict": STATE}, "a.weight", {}, "model"),
+        ({"model": {"module": STATE, "ema": STATE | {"b": W}}}, "a.weight", {}, r"model\.ema \(2 tensors\)"),
+        ({"state_dict": DEEP}, "b.weight", dict.fromkeys(["enc.a.weight", "l.0", "l.1"], "in a dict or list"), ""),
+        ({1: W, "1": W + 1}, "1|1 (again)", {}, ""),
+        (STATE | {"s": SPARSE}, "a.weight", {"s": "stored sparse"}, ""),
+        (STATE | {"s": CSR}, "a.weight", {"s": "stored sparse"}, ""),
+        (STATE | {"s": RAGGED}, "a.weight", {"s": "nested"}, ""),
+        (STATE | {"m": META, "n": META}, "a.weight", {"m": "no data", "n": "no data"}, ""),
+        (nn.ParameterDict({"w": nn.Parameter(W)}).state_dict(keep_vars=True), "w", {}, ""),
+    ],
+)
+def test_what_a_pickle_holds_is_read_or_listed(tmp_path, saved_as, read, listed, beside):
+    torch.save(saved_as, tmp_path / "pytorch_model.bin")
+    report = lmd_hf.analyze(tmp_path)
+    assert [matrix.name for matrix in report.matrices] == read.split("|")
+    assert report.coverage.parameters >= 24 * (len(report.matrices) + len(listed) - ("s" in listed))
+    skipped = {item.name: item.reason for item in report.coverage.skipped}
+    assert skipped.keys() == listed.keys()
+    assert all(reason in skipped[name] for name, reason in listed.items())
+    notes = [note for note in report.coverage.notes if "not read beside" in note]
+    assert len(notes) == bool(beside)
+    assert all(re.search(f": {beside}$", note) for note in notes)
+
+
+def test_a_gain_without_data_is_the_reason_of_what_it_feeds(tmp_path, saved):
+    folder, state = saved
+    name = "model.layers.0.input_layernorm.weight"
+    torch.save(state | {name: state[name].to("meta")}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    skipped = lmd_hf.analyze(tmp_path, metric="norm", layers="0").coverage.skipped
+    assert {s.name.split(".")[-2] for s in skipped if "no data" in s.reason} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        name.split(".")[-2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([W], "no named tensors in it"),
+        ({"net": STATE, "opt": {"m": W}}, r"no named tensors .*but in net, opt; save one"),
+    ],
+)
+def test_a_pickle_without_a_state_dict_says_where_its_tensors_are(tmp_path, content, said):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(FormatError, match=said):
+        open_source(tmp_path / "model.pt")
+
+
+def test_a_pickle_that_holds_itself_ends(tmp_path):
+    content = {"a.weight": W}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "model.pt")
+    assert [tensor.name for tensor in open_source(tmp_path / "model.pt").tensors] == ["a.weight"]
+
+
+def test_a_damaged_old_pickle_is_one_clear_line(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"Storage\n") + 16] ^= 1  # of the number by which its entries are found
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="not a readable checkpoint"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_pickle_that_is_saved_again_is_read_again(tmp_path, in_place):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a.weight": torch.eye(300)}, path)
+    before = open_source(tmp_path)
+    assert lmd_hf.analyze(tmp_path).matrices[0].shape == (300, 300)
+    torch.save({"a.weight": torch.eye(3)}, path if in_place else tmp_path / "next")
+    if not in_place:
+        os.replace(tmp_path / "next", path)
+    report = lmd_hf.analyze(tmp_path)
+    assert report.matrices[0].shape == (3, 3)
+    assert report.model.files[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(FormatError, match="changed since it was opened"):  # and neither old entries nor a bus error
+        before.read(before.tensors[0])
+
+
 # --- which files -------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +232,32 @@ def test_which_file_is_read(present, chosen):
 def test_weights_in_parts_name_the_way_to_whole_ones(present, remedy):
     with pytest.raises(SourceError, match=f"^here: no .*weights in it; .*{remedy}"):
         weight_files(present.split(), "here")
+
+
+@pytest.mark.parametrize(
+    ("present", "read", "named"),
+    [
+        ("model.safetensors q4.gguf quantised/q8.gguf", "model.safetensors", "q4.gguf quantised/q8.gguf"),
+        ("pytorch_model.bin q4.gguf mm_projector.bin", "pytorch_model.bin", "mm_projector.bin q4.gguf"),
+        ("model.safetensors reward.pt head.pth", "model.safetensors", "head.pth reward.pt"),
+        ("a.safetensors a.bin pytorch_model.bin open_clip_pytorch_model.bin", "a.safetensors", ""),
+        ("adapter_model.safetensors adapter_model.bin", "adapter_model.safetensors", ""),
+        ("model.safetensors voices/af.pt openvino/openvino_model.bin", "model.safetensors", ""),
+        ("pytorch_model.bin training_args.bin optimizer.pt scheduler.bin rng_state_0.pth", "pytorch_model.bin", ""),
+        ("model.safetensors sampler.bin dl_state_dict.bin custom_checkpoint_0.pkl optim.pt", "model.safetensors", ""),
+        ("checkpoint-5/optimizer.bin checkpoint-5/training_args.bin model.pt", "model.pt", ""),
+    ],
+)
+def test_which_files_are_named_as_unread(present, read, named):
+    said = ", ".join(named.split()) + ("; --subfolder reads a folder" if "/" in named else "")
+    assert unread_files(present.split(), [read]) == ((f"weight files not read: {said}",) if named else ())
+
+
+def test_files_beside_the_model_are_named_and_folders_are_not(tmp_path):
+    save_file({"a.weight": W}, tmp_path / "model.safetensors")
+    (tmp_path / "value_head.bin").write_bytes(b"never opened")
+    (tmp_path / "parts.bin").mkdir()
+    assert open_source(tmp_path).notes == ("weight files not read: value_head.bin",)
 
 
 def test_several_gguf_files_are_a_choice():

@@ -1,5 +1,6 @@
 """Folders, files and live modules; and every kind of input that is refused, with its remedy."""
 
+import hashlib
 import json
 import math
 import os
@@ -46,12 +47,31 @@ def test_values_and_slices_are_read_exactly(tmp_path, dtype):
 
 
 def test_files_carry_their_hash(save):
-    import hashlib
-
     path = save("llama") / "model.safetensors"
     file = with_hashes(open_source(save("llama"))).files[0]
     assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert file.bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("target", "link", "trusted"),
+    [
+        ("blobs/{}", "snapshots/commit/model.safetensors", True),
+        ("blobs/{}", "snapshots/commit/sub/model.safetensors", True),
+        ("blobs/{}", "mine/model.safetensors", False),
+        ("store/{}", "snapshots/commit/model.safetensors", False),
+        ("other/blobs/{}", "snapshots/commit/model.safetensors", False),
+    ],
+)
+def test_a_hash_is_taken_from_a_name_in_the_hubs_cache_alone(tmp_path, save, target, link, trusted):
+    data, name = (save("llama") / "model.safetensors").read_bytes(), "0" * 64
+    blob, path = tmp_path / target.format(name), tmp_path / link
+    for file in (blob, path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+    path.symlink_to(blob)
+    file = with_hashes(open_source(path.parent)).files[0]
+    assert file.sha256 == (name if trusted else hashlib.sha256(data).hexdigest())
 
 
 def test_a_live_module_that_transformers_does_not_know():
@@ -133,6 +153,22 @@ def test_a_missing_folder_is_named(tmp_path):
         open_source(tmp_path / "absent")
     with pytest.raises(SourceError, match="no such folder or file"):
         open_source("./absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/" + "b" * 300, "b" * 5000, "org/" + "b" * 300, "org/-x", "~nobody-of-that-name/x"]
+)
+def test_a_name_that_can_be_no_path_and_no_hub_id(name):
+    with pytest.raises(SourceError, match=r"no such folder or file, and not a Hub id \(org/name\)"):
+        open_source(name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "m.gguf", "model.safetensors.index.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_a_weight_file_that_is_none(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(SourceError, match=rf"{name}: not a file but a folder, a pipe or a link that leads nowhere"):
+        open_source(tmp_path)
 
 
 def test_an_empty_folder_is_named(tmp_path):
