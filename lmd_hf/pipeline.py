@@ -25,6 +25,7 @@ from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic, 
 from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
+from lmd_hf.run.loading import first_line
 from lmd_hf.run.mlps import measure_mlps
 from lmd_hf.run.plan import make_plan, plan_heads, plan_mlps
 from lmd_hf.run.progress import progress_bar
@@ -148,6 +149,8 @@ def analyze_each(
             yield index, analyze_one(models[index], request, World(), folders[index])
         except LmdError as error:
             yield index, error
+        except OSError as error:  # of a disk, in what was read beside the weights
+            yield index, SourceError(first_line(error))
 
 
 def analyze_all(
