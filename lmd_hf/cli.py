@@ -39,6 +39,8 @@ def main() -> NoReturn:
         200_000
     )  # importing torch and transformers makes no garbage: looking for it takes a fifth of the time
     signal.signal(signal.SIGINT, interrupt)
+    for name in ("stdout", "stderr"):  # which a shell may have closed (`>&-`)
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     code = run()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

@@ -243,6 +243,17 @@ def test_a_full_disk_under_stdout_is_no_traceback(save):
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+@pytest.mark.parametrize("arguments", ["plan {}", "analyze {} --out {}"])
+def test_a_closed_stream_is_one_that_nobody_reads(save, tmp_path, closed, arguments):
+    command = f"{sys.executable} -m lmd_hf {arguments.format(save('llama'), tmp_path)} {closed}"
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert bool(answer.stdout) == (closed == "2>&-")
+    assert (tmp_path / "report.json").exists() == arguments.startswith("analyze")
+
+
 def test_head_of_a_pipe_is_no_error(save):
     command = f"{sys.executable} -m lmd_hf analyze {save('llama')} --json | head -c 10"
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
