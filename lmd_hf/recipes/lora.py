@@ -78,7 +78,8 @@ def lora_recipe(
     that of ΔW, in its own units and up to its rank above rounding: what full fine-tuning moved most. With `budget`, the
     most trainable parameters, the next rank always goes where it adds the largest share for each parameter, at least
     one to every module (`ranks.by_budget`: the rest is below one rank); with `energy`, each module gets the least rank
-    that holds this share. `scale` is α/r. `roles` are q, k, v, kv, o, gate, up and down by default. `model`, the module
+    that holds this share, of a fused module the spectra of its parts together, and none more than as many parameters as
+    the module has. `scale` is α/r. `roles` are q, k, v, kv, o, gate, up and down by default. `model`, the module
     to be adapted, gives its own names where they are not the checkpoint's.
 
     That spectra of the weights tell where an adapter needs ranks is an assumption: see benchmarks/README.md for what
