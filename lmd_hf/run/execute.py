@@ -122,8 +122,7 @@ def execute(
         decomposing += time.perf_counter() - begun
     workers = worker_count([plan.works[index] for index in indices], bench.devices, source)
     results = _results(world.gather(_merged(shares)), environment(bench.devices, workers))
-    spent = time.perf_counter() - started
-    timing = {} if plan.settings.data is None else {"run": spent - decomposing}
+    timing = {} if plan.settings.data is None else {"run": time.perf_counter() - started - decomposing}
     timing["execute"] = decomposing
     return replace(results, timing=timing, notes=(*notes, *_unseen(results.matrices)))
 
