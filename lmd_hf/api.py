@@ -14,6 +14,7 @@ from lmd_hf.pipeline import Request, analyze_all, analyze_one
 from lmd_hf.records import Data, Plan, Settings
 from lmd_hf.report.compare import Comparison, build_comparison
 from lmd_hf.report.report import Report
+from lmd_hf.run.asked import check_model, check_types, texts
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.estimate import estimate
 from lmd_hf.run.pairs import match
@@ -121,7 +122,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         metric=metric,
         kernel=kernel,
         tolerance=tolerance,
-        roles=tuple(roles),
+        roles=texts("roles", roles),
         layers=layers,
         match=match,
         heads=heads,
@@ -129,7 +130,8 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         device=device,
         data=Data(str(data)) if isinstance(data, (str, Path)) else data,
     )
-    if (rank > 0) != (factors is not None):
+    check_types(settings)
+    if bool(rank) != (factors is not None):
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
     request = Request(
         settings,
@@ -156,6 +158,7 @@ def plan(
 ) -> Plan:
     """What `analyze` would do, from headers alone: no weight is fetched or read. Half a second of the same arithmetic
     on random numbers tells how long it would take here."""
+    check_model(model, revision=revision, subfolder=subfolder)
     source = open_source(model, revision=revision, subfolder=subfolder, token=token, base=base)
     todo = make_plan(list_matrices(source), source.identity, settings or Settings())
     return replace(todo, estimate=estimate(todo, source))
@@ -179,6 +182,8 @@ def compare(
     `comparison.unread`. Raises what `analyze` does.
     """
     settings = settings or Settings()
+    check_model(base, revision=base_revision)
+    check_model(tuned, revision=tuned_revision)
     started = time.perf_counter()
     first = open_source(base, revision=base_revision, token=token)
     second = open_source(tuned, revision=tuned_revision, token=token)

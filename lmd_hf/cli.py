@@ -20,7 +20,7 @@ from lmd_hf.compat import rank
 from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
 from lmd_hf.hub.command import add_annotate
-from lmd_hf.options import add_settings, chosen_settings
+from lmd_hf.options import add_settings, changed_settings, chosen_settings, refuse_for_saved
 from lmd_hf.recipes.command import add_recipe
 from lmd_hf.truncated.command import add_truncate
 
@@ -274,19 +274,20 @@ def _finish(report: Any, options: argparse.Namespace) -> None:
 
 
 def _write_report(folder: Path, report: Any) -> None:
-    from lmd_hf.report.files import report_writers
-    from lmd_hf.report.plots import figures
+    from lmd_hf.report.files import HEADS_PARQUET, report_writers
+    from lmd_hf.report.plots import FIGURES, figures
 
-    _write(folder, report, report_writers(report), figures(report))
+    own = [HEADS_PARQUET, *(f"{name}.png" for name in FIGURES)]
+    _write(folder, report, report_writers(report), figures(report), own)
 
 
-def _write(folder: Path, report: Any, writers: dict[str, Any], figures: dict[str, Any]) -> None:
-    """The data files, the card and the figures of a report or a comparison."""
+def _write(folder: Path, report: Any, writers: dict[str, Any], figures: dict[str, Any], own: list[str]) -> None:
+    """The data files, the card and the figures of a report or a comparison, and no other of its `own` files."""
     from lmd_hf.report.files import text_writer, write_folder
     from lmd_hf.report.plots import writer
 
     pictures = {f"{name}.png": writer(figure) for name, figure in figures.items()}
-    write_folder(folder, {**writers, "card.md": text_writer(report.card()), **pictures})
+    write_folder(folder, {**writers, "card.md": text_writer(report.card()), **pictures}, own=own)
     _say(f"wrote {folder}/: {', '.join([*writers, 'card.md', *pictures])}")
 
 
@@ -336,9 +337,10 @@ def _compare(options: argparse.Namespace) -> None:
     )
     if options.out is not None:
         from lmd_hf.report.files import comparison_writers
-        from lmd_hf.report.plots import comparison_figures
+        from lmd_hf.report.plots import COMPARISON_FIGURES, comparison_figures
 
-        _write(options.out, comparison, comparison_writers(comparison), comparison_figures(comparison))
+        own = [f"{name}.png" for name in COMPARISON_FIGURES]
+        _write(options.out, comparison, comparison_writers(comparison), comparison_figures(comparison), own)
     _show(comparison, options)
 
 
@@ -346,7 +348,13 @@ def _card(options: argparse.Namespace) -> None:
     from lmd_hf.report.files import read_saved
 
     _begin(options)
-    report = read_saved(Path(options.model)) or _run_analysis(options, options.model)
+    report = read_saved(Path(options.model))
+    if report is None:
+        report = _run_analysis(options, options.model)
+    else:
+        named = [name for name in (*WHERE, "before", "reuse") if getattr(options, name)]
+        changed = [name for record in (_settings(), _thresholds()) for name in changed_settings(record, options)]
+        refuse_for_saved(options.model, named + changed)
     text = report.card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
     _check_complete(report)

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+from lmd_hf.errors import SettingsError
+
 
 Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 Field = dataclasses.Field[Any]
@@ -28,6 +30,20 @@ def chosen_settings(record: Any, options: argparse.Namespace, names: tuple[str, 
         held = field.metadata.get("fields")
         chosen[field.name] = values[field.name] if held is None else _recorded(held, values)
     return chosen
+
+
+def changed_settings(record: Any, options: argparse.Namespace, names: tuple[str, ...] = ()) -> list[str]:
+    """The settings, of these fields or of all, that are not as by default."""
+    fields = [field for field in dataclasses.fields(record) if field.name in names or not names]
+    settings = [setting for field in fields for setting in _settings_in(field)]
+    return [setting.name for setting in settings if getattr(options, setting.name) != setting.default]
+
+
+def refuse_for_saved(model: str, changed: list[str]) -> None:
+    """`SettingsError` for options that cannot change what was saved."""
+    if changed:
+        option = changed[0].replace("_", "-")
+        raise SettingsError(f"{model}: saved, so --{option} changes nothing; leave it out, or name the model itself")
 
 
 def _settings_in(field: Field) -> tuple[Field, ...]:

@@ -19,6 +19,7 @@ from lmd_hf.records import Inventory, MatrixRef, ModelIdentity, Plan, Settings
 from lmd_hf.report.build import build_report
 from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
+from lmd_hf.run.asked import check_model
 from lmd_hf.run.convergence import check_thresholds
 from lmd_hf.run.evidence import compare_checkpoints, judge, open_before
 from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic, unfinished
@@ -65,6 +66,7 @@ def analyze_one(
 ) -> Report:
     """The report of one model, on every rank the same."""
     started, settings = time.perf_counter(), request.settings
+    check_model(model, revision=request.where.get("revision"), subfolder=request.where.get("subfolder", ""))
     check_thresholds(request.thresholds)
     background = ThreadPoolExecutor(1)
     try:

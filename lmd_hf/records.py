@@ -10,7 +10,6 @@ import numpy as np
 
 STACKS = ("", "vision", "audio", "text", "encoder", "decoder")  # in the order of the forward pass
 ROLES = ("embed", "conv", "q", "k", "v", "kv", "o", "router", "gate", "up", "down", "ssm", "other", "head")
-
 UNREAD = "could not be read"  # how the reason of a `Skipped` begins whose bytes did not come
 
 
@@ -55,13 +54,15 @@ class TensorRef:
 @dataclass(frozen=True)
 class LowRank:
     """An update ΔW = scale · left · right of thin factors, left (out, r) and right (r, in). `magnitude` is DoRA's
-    length of every row of the sum; `experts` > 1 says that so many experts' factors lie in the two tensors."""
+    length of every row of the sum; `experts` > 1 says that so many experts' factors lie in the two tensors; `unfit`
+    says why the two are no such factors."""
 
     left: TensorRef
     right: TensorRef
     scale: float
     magnitude: TensorRef | None = None
     experts: int = 1
+    unfit: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Weight:
     """One weight as the network knows it: the name and shape that its module gives it, however it is stored.
 
     `format` is `plain` for a tensor that is the weight, else the layout of `tensors`, the largest of them first: packed
-    values, then scales, zero points and so on. `dtype` is that of the largest.
+    values, then scales, zero points and so on. `dtype` is that of the largest; `unread` says why they are no weight.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Weight:
     format: str
     tensors: tuple[TensorRef, ...]
     low_rank: LowRank | None = None
+    unread: str = ""
 
 
 @dataclass(frozen=True)
@@ -377,10 +379,8 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the paper's failure signatures: the measure, its threshold and the matrices that show it.
-
-    `status` is `found`, `not found` or `not measured`.
-    """
+    """One of the paper's failure signatures: the measure, its threshold and the matrices that show it. `status` is
+    `found`, `not found` or `not measured`."""
 
     signature: str
     status: str

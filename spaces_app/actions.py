@@ -356,9 +356,8 @@ def plot(figure: Any) -> Any:
 def table(report: Any, words: str = "") -> Any:
     """The same, rounded to what can be read; with words only the rows that hold all of them."""
     values = frame(report)
-    for word in words.lower().split():
-        held = values.astype(str).apply(lambda row: " ".join(row).lower(), axis=1)
-        values = values[held.str.contains(word, regex=False)]
+    lines = [" ".join(map(str, row)).lower() for row in values.itertuples(index=False)]
+    values = values.loc[[all(word in line for word in words.lower().split()) for line in lines]]
     values = values.assign(error_bound=values["error_bound"].map(fragments.bound))
     values = values.loc[:, [c for c in values if c not in ("stack", "part") or values[c].any()]]
     digits = {"effective_rank": 1, "stable_rank": 1, "capacity_log10": 2, "spectral_norm": 3}

@@ -1,8 +1,10 @@
 // Links that hold what is shown, files that leave no copy on the server, and maps that the arrow keys walk through.
 window.lmdLink = (values) => {
   const url = new URL(location.href);
-  for (const [key, value] of Object.entries(values))
-    value === null || value === undefined || value === "" ? url.searchParams.delete(key) : url.searchParams.set(key, value);
+  for (const [key, value] of Object.entries(values)) {
+    const text = String(value ?? "").trim();
+    text === "" ? url.searchParams.delete(key) : url.searchParams.set(key, text);
+  }
   history.replaceState(history.state, "", url);
   if (window.parent !== window) window.parent.postMessage({ queryString: url.search.slice(1) }, "https://huggingface.co");
 };

@@ -13,6 +13,7 @@ import torch
 import transformers
 from models import make
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import HPSearchBackend
 
 from lmd_hf import LMDCallback
 from lmd_hf.errors import SettingsError
@@ -41,7 +42,12 @@ def trainer(out, *callbacks, model=None, **options):
     }  # fmt: skip
     settings = TrainingArguments(output_dir=str(out), **(values | options))
     return Trainer(
-        model=model, args=settings, train_dataset=ROWS, callbacks=list(callbacks), data_collator=default_data_collator
+        model=model,
+        args=settings,
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
+        callbacks=list(callbacks),
+        data_collator=default_data_collator,
     )
 
 
@@ -74,7 +80,7 @@ def test_every_tracker_gets_the_numbers(tmp_path):
     ran = trainer(tmp_path, tracker, LMDCallback(every=5, budget=None), logging_steps=5)
     ran.train()
     with_numbers = [logs for logs in tracker.seen if "lmd/latent_dim" in logs]
-    assert [logs["lmd/step"] for logs in with_numbers] == [5, 10, 12]  # the last comes after the Trainer's own last log
+    assert [logs["lmd/step"] for logs in with_numbers] == [5, 10, 12]  # the last in the Trainer's own last log
     history = [entry["lmd/step"] for entry in ran.state.log_history if "lmd/step" in entry]
     assert history == [5, 10, 12]
     json.dumps(ran.state.log_history)
@@ -104,12 +110,30 @@ def test_the_section_survives_the_card_that_the_trainer_writes(tmp_path):
     assert card.read_text().count("<!-- lmd:begin") == 1
 
 
-def test_a_broken_card_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(b"<!-- lmd:begin v=1 -->\nno end\n", "README.md has several"), (b"# caf\xe9\n", "README.md: not UTF-8")],
+)
+def test_a_broken_card_is_left_alone(tmp_path, text, reason):
     card = tmp_path / "README.md"
-    card.write_text("<!-- lmd:begin v=1 -->\nno end\n")
-    with pytest.warns(UserWarning, match="goes on without: README.md has several"):
-        run(tmp_path, LMDCallback())
-    assert card.read_text() == "<!-- lmd:begin v=1 -->\nno end\n"
+    card.write_bytes(text)
+    with pytest.warns(UserWarning, match=f"goes on without: .*{reason}"):
+        ran = run(tmp_path, LMDCallback())
+    assert card.read_bytes() == text
+    assert len(losses(ran)) == 12
+
+
+def test_a_card_keeps_its_line_breaks_and_a_link_stays_one(tmp_path):
+    out, card = tmp_path / "out", tmp_path / "card.md"
+    out.mkdir()
+    text = b"---\r\nlicense: mit\r\n---\r\n# T\r\n"
+    card.write_bytes(text)
+    (out / "README.md").symlink_to(card)
+    run(out, LMDCallback())
+    written = card.read_bytes()
+    assert (out / "README.md").is_symlink()
+    assert written.startswith(text)
+    assert written.count(b"\n") == written.count(b"\r\n") > 10
 
 
 def test_a_folder_that_takes_no_file_stops_no_training(tmp_path):
@@ -117,6 +141,29 @@ def test_a_folder_that_takes_no_file_stops_no_training(tmp_path):
     with pytest.warns(UserWarning, match="goes on without: cannot write to"):
         ran = run(tmp_path, LMDCallback())
     assert len(losses(ran)) == 12
+
+
+def test_the_last_point_is_of_the_last_step_not_of_the_best_checkpoint(tmp_path):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **told):
+            seen[state.global_step] = torch.linalg.svdvals(model.lm_head.weight.detach().double())[0].item()
+
+    ran = trainer(
+        tmp_path, LMDCallback(roles=["head"]), Look(), max_steps=8, learning_rate=0.3, lr_scheduler_type="constant",
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    ran.train()
+    best = ran.state.best_global_step
+    assert best == 2
+    points = {point.step: point.spectral_norm for point in read_series(tmp_path / "lmd" / "series.parquet")}
+    assert points[8] == pytest.approx(seen[8], rel=1e-6)
+    assert points[8] != pytest.approx(seen[best], rel=1e-3)
+    card = (tmp_path / "README.md").read_text()
+    assert "from step 0 to step 8" in card
+    assert f"those of step {best}, the best checkpoint" in card
 
 
 def test_on_save_and_on_epoch(tmp_path):
@@ -138,6 +185,51 @@ def test_resumed_training_goes_on_in_its_series(tmp_path):
     points = [read_series(tmp_path / part / "lmd" / "series.parquet") for part in ("whole", "parts")]
     kept = [[(p.step, p.name, p.spectral_norm, p.since, p.subspace_cos2) for p in each] for each in points]
     assert sorted(kept[0]) == sorted(kept[1])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("views.safetensors", b"broken", "views.safetensors: damaged"),
+        ("series.parquet", b"PAR1", "no series of a training"),
+        ("series.parquet", None, "holds no whole one"),
+        ("views.safetensors", None, "holds no whole one"),
+    ],
+)
+def test_a_damaged_series_stops_no_resumed_training(tmp_path, file, content, reason):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path, LMDCallback(every=3, budget=None), **options)
+    damaged = tmp_path / "checkpoint-6" / "lmd" / file
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    again = trainer(tmp_path, LMDCallback(every=3, budget=None), **options)
+    with pytest.warns(UserWarning, match=f"begins its series anew at step 6: .*{reason}"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert steps_of(tmp_path) == [6, 9, 12]
+
+
+def test_a_checkpoint_elsewhere_is_resumed_with_its_series(tmp_path):
+    run(tmp_path / "a", LMDCallback(every=3, budget=None), save_strategy="steps", save_steps=6)
+    trainer(tmp_path / "b", LMDCallback(every=3, budget=None)).train(str(tmp_path / "a" / "checkpoint-6"))
+    assert steps_of(tmp_path / "b") == [0, 3, 6, 9, 12]
+
+
+def test_each_trial_of_a_search_has_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # optuna is not needed
+    search = trainer(tmp_path, LMDCallback(every=3, budget=None), save_strategy="steps", save_steps=12)
+    search.model_init = lambda trial=None: make("llama")
+    search.hp_search_backend, search.hp_name = HPSearchBackend.OPTUNA, None
+    search.hp_space = lambda trial: {"learning_rate": 10.0 ** -(2 + trial.number)}
+    for number in range(2):
+        search.train(trial=SimpleNamespace(number=number, params={}))
+    first, second = ({p.name for p in (tmp_path / f"run-{n}").iterdir()} for n in range(2))
+    assert first == second == {"checkpoint-12", "lmd", "README.md"}
+    assert (tmp_path / "run-1" / "checkpoint-12" / "lmd" / "series.parquet").is_file()
+    assert not (tmp_path / "lmd").exists()
+
+
+def test_two_on_one_trainer_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="two LMDCallbacks on one Trainer"):
+        run(tmp_path, LMDCallback(roles=["q"]), LMDCallback(roles=["down"]))
 
 
 class Stop(TrainerCallback):
@@ -167,7 +259,7 @@ def test_where_parameters_are_in_parts_checkpoints_are_measured(tmp_path):
     whole = make("llama")
     for parameter in model.parameters():
         parameter.ds_id, parameter.data = 0, torch.empty(0)
-    args = SimpleNamespace(output_dir=str(tmp_path), save_strategy="no")
+    args = SimpleNamespace(output_dir=str(tmp_path), save_strategy="no", load_best_model_at_end=False)
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=10, log_history=[])
     callback = LMDCallback(every=1, budget=None)
     with pytest.warns(UserWarning, match=r"measures nothing \(save_strategy is 'no'\): .*ZeRO-3"):
@@ -200,7 +292,16 @@ def test_another_process_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"on": "noon"}, "no on 'noon'; known: steps, save, epoch"), ({"every": 0}, "every is 0")]
+    ("options", "message"),
+    [
+        ({"on": "noon"}, "no on 'noon'; known: steps, save, epoch"),
+        ({"every": 0}, "every is 0"),
+        ({"every": 1.5}, "every is 1.5"),
+        ({"budget": 0}, "budget is 0"),
+        ({"budget": "2%"}, "budget is 2%"),
+        ({"metric": "data"}, "watched in the metric"),
+        ({"roles": "down"}, r"give a tuple: roles=\('down',\)"),
+    ],
 )
 def test_bad_settings(options, message):
     with pytest.raises(SettingsError, match=message):

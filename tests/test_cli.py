@@ -63,6 +63,9 @@ def test_analyze_prints_a_table_and_writes_files(capsys, save, tmp_path):
     assert "parameters decomposed" in out
     assert "attention q" in out
     assert "wrote" in err
+    call(capsys, "analyze", save("llama"), "--heads", "--out", tmp_path / "out", "-q")
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"heads.parquet", "heads.png"}
+    call(capsys, "analyze", save("llama"), "--out", tmp_path / "out", "-q")
     written = {p.name for p in (tmp_path / "out").iterdir()}
     assert written == {"report.json", "matrices.parquet", "card.md", "spectra.png", "capacity.png", "heatmap.png"}
 
@@ -102,6 +105,10 @@ def test_card_of_a_model_and_of_its_report_are_one(capsys, save, tmp_path):
     _, from_folder, _ = call(capsys, "card", tmp_path)
     _, as_json, _ = call(capsys, "card", tmp_path, "--json")
     assert fresh == from_file == from_folder == json.loads(as_json)["card"] == (tmp_path / "card.md").read_text()
+    for option in (("--roles", "q"), ("--heads",), ("--before", "x"), ("--loss-change", "1"), ("--revision", "main")):
+        code, out, err = call(capsys, "card", tmp_path, *option)
+        assert (code, out) == (1, "")
+        assert f"{option[0]} changes nothing; leave it out" in err
 
 
 def test_compare_prints_a_table_and_writes_files(capsys, save, tmp_path):

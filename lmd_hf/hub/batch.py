@@ -20,22 +20,26 @@ from lmd_hf.weights.answers import patiently, told
 log = logging.getLogger(__name__)
 
 Following = tuple[str, str | None]  # a model to do, and the one that will probably be next
+PAGES = "https://huggingface.co/"
 STATES = {"written": "done", "drafted": "done", "left": "left", "failed": "failed"}
 
 
 def listed(path: Path) -> list[str]:
-    """The models of a text file: one a line, blank lines and what follows # left out. Raises `SettingsError`."""
+    """The models of a text file: one a line, an id or the address of its page; blank lines and what follows # are left
+    out. Raises `SettingsError`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
             f"{path}: cannot read a list of models ({error}); give a text file, one model a line"
         ) from None
-    return [name for line in lines if (name := line.partition("#")[0].strip())]
+    return [name.removeprefix(PAGES) for line in lines if (name := line.partition("#")[0].strip())]
 
 
 def searched(*, author: str | None, search: str | None, limit: int, token: str | bool | None = None) -> list[str]:
     """The models of an author, or that a search finds on the Hub, most downloaded first."""
+    if limit < 1:
+        raise SettingsError(f"limit is {limit}; give 1 or more")
     api = HfApi(token=token)
 
     def find() -> list[str]:

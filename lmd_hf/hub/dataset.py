@@ -11,6 +11,7 @@ from lmd_hf import __version__
 from lmd_hf.errors import SettingsError
 from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
+from lmd_hf.run.asked import check_type, hub_id
 from lmd_hf.run.results import MATRICES, MODELS, NESTED, read_results, slug
 from lmd_hf.weights.answers import told
 
@@ -51,6 +52,7 @@ def push_results(
     never touches what is there and the same report again is the same file. Raises `SettingsError` for a report without
     a commit, which nobody could check, and `SourceError` where the Hub refuses.
     """
+    check_type("report", report, (Report, "what lmd_hf.analyze gave"))
     if report.model.commit is None:
         raise SettingsError(
             f"{report.model.id}: only a model at a commit of the Hub can be published; analyze it by its id"
@@ -72,7 +74,9 @@ def push_results(
             create_pr=create_pr,
         )
 
-    done = told(dataset_id, push)  # not again by itself: after a lost answer a second commit would be empty, a second
+    done = told(
+        hub_id(dataset_id), push
+    )  # not again by itself: after a lost answer a second commit would be empty, a second
     return str(done.pr_url or done.commit_url)  # pull request would not
 
 

@@ -10,6 +10,10 @@ from lmd_hf.hub.metadata import find_block
 
 
 TITLE = "Add a Layer Matrix Decomposition section to the model card"
+_NO = "false|no|off|n|0"  # as YAML or people write it
+_NO_LINE = re.compile(
+    rf"""^[ \t]*["']?lmd["']?[ \t]*:[ \t]*["']?(?:{_NO})["']?[ \t]*(?:#.*)?\r?$""", re.MULTILINE | re.IGNORECASE
+)
 Marks = dict[str, str]  # what the begin marker of a section says: weights, numbers, lmd_hf, commit
 
 
@@ -105,13 +109,16 @@ def is_same(there: Marks, here: Marks) -> bool:
 
 
 def opted_out(card: str) -> bool:
-    """Whether the card's metadata says `lmd: false`; in metadata that is not valid YAML, whether a line does."""
+    """Whether the card's metadata says `lmd: false`, or the like; in metadata that is not valid YAML, whether a line
+    does."""
     found = find_block(card)
     if found is None:
         return False
     block = card[found.start : found.stop]
     try:
         metadata = yaml.safe_load(block)
-        return isinstance(metadata, dict) and metadata.get("lmd") is False
     except (yaml.YAMLError, ValueError):
-        return re.search(r"^lmd:[ \t]*(?:false|no|off)[ \t]*\r?$", block, re.MULTILINE | re.IGNORECASE) is not None
+        return _NO_LINE.search(block) is not None
+    return isinstance(metadata, dict) and any(
+        str(key).lower() == "lmd" and re.fullmatch(_NO, str(value).strip().lower()) for key, value in metadata.items()
+    )

@@ -10,6 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 from lmd_hf import __version__
 from lmd_hf.compat import resolve_commit
 from lmd_hf.errors import SettingsError
+from lmd_hf.run.asked import hub_id
 from lmd_hf.weights.answers import patiently, told
 
 
@@ -66,7 +67,7 @@ def pinned(models: Sequence[str], *, token: str | bool | None = None) -> dict[st
     api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
 
     def commit(model: str) -> str:
-        return told(model, lambda: patiently(lambda: resolve_commit(api, model, None)))
+        return told(hub_id(model), lambda: patiently(lambda: resolve_commit(api, model, None)))
 
     return {model: commit(model) for model in models}
 

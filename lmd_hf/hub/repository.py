@@ -17,6 +17,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 from lmd_hf.errors import FormatError, SourceError
 from lmd_hf.hub import section
 from lmd_hf.hub.etiquette import TITLE, Look, Marks, Pull
+from lmd_hf.run.asked import hub_id
 from lmd_hf.weights.answers import is_transient, patiently, told, wait
 from lmd_hf.weights.repository import WEIGHTS
 
@@ -53,7 +54,7 @@ def look_at(api: HfApi, repo_id: str) -> Look:
         weights = _weights_digest(api.list_repo_tree(repo_id, revision=commit))
         return Look(repo_id, commit, weights, card, _marks(card), concern, me, bool(getattr(info, "disabled", False)))
 
-    return told(repo_id, lambda: patiently(look))
+    return told(hub_id(repo_id), lambda: patiently(look))
 
 
 def _weights_digest(entries: Iterable[RepoFile | RepoFolder]) -> str:

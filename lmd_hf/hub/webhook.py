@@ -98,11 +98,13 @@ def serving(
     queue: Queue, *, secret: str, host: str = "127.0.0.1", port: int = 0, options: dict[str, Any] | None = None
 ) -> Iterator[tuple[int, threading.Event]]:
     """A server under way, with its worker: its port, and what is set when the worker has ended. Raises
-    `SettingsError` without a secret or where the port is taken."""
+    `SettingsError` without a secret, and where the port is none or taken."""
     if not secret:
         raise SettingsError(
             "a webhook without a secret takes orders from anybody; set WEBHOOK_SECRET, here and on the Hub"
         )
+    if not 0 <= port < 2**16:
+        raise SettingsError(f"port is {port}; give one from 1 to 65535, or 0 for any that is free")
     annotator = Annotator(queue, secret, options or {"how": "pull"})
     try:
         server = _Server((host, port), type("Bound", (_Handler,), {"annotator": annotator}))

@@ -35,6 +35,7 @@ RITZ_CUT = (
 SMALLEST = 1e-140  # σ₁ from which figures can be taken, and the inverse of the greatest
 SMALL_SHARE = 1 / 4  # refining more than this share of the values costs more than a whole SVD
 UNFIT = "the factors hold NaN or infinity"
+TOO_LARGE = "the product of the factors passes the largest float64"
 TALL = 2  # so does taking all eigenvectors, unless W is more than twice as long as wide
 
 
@@ -97,8 +98,10 @@ def triangles(product: Factored) -> tuple[Tensor, Tensor]:
 
 
 def of_triangles(a: Tensor, b: Tensor, scale: float) -> Spectrum:
-    """The singular values of s·A·Bᵀ, with the bound of `thin`."""
-    values = _singular_values(a @ b.T) * abs(scale)
+    """The singular values of s·A·Bᵀ, with the bound of `thin`. Raises `ValueError` where they overflow."""
+    product = a @ b.T
+    if not torch.isfinite(product).all() or not torch.isfinite(values := _singular_values(product) * abs(scale)).all():
+        raise ValueError(TOO_LARGE)
     if values[0] == 0:
         return Spectrum(values, 0.0, "qr")
     sizes = _singular_values(a)[0].item() * _singular_values(b)[0].item() * abs(scale)

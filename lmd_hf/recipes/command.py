@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmd_hf.errors import SettingsError
-from lmd_hf.options import add_settings, chosen_settings
+from lmd_hf.options import add_settings, changed_settings, chosen_settings, refuse_for_saved
 
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 READ = ("metric", "roles", "layers", "match", "device", "data")  # the settings that a recipe may choose
-SELECTED = ("roles", "layers", "match", "device")
+FILTERS = ("roles", "layers", "match")  # those that a saved report can follow too
+SELECTED = (*FILTERS, "device")
 
 
 def add_recipe(commands: Any, common: argparse.ArgumentParser) -> Any:
@@ -141,16 +143,34 @@ def _measured(options: argparse.Namespace) -> "tuple[Report | Comparison, dict[s
     from lmd_hf.recipes.modules import names_in
     from lmd_hf.records import Settings
     from lmd_hf.report.files import read_saved
+    from lmd_hf.run.loading import refuse_factored
     from lmd_hf.weights.source import open_source
 
     tuned, read = getattr(options, "tuned", None), READ if hasattr(options, "metric") else SELECTED
     if tuned is None and (saved := read_saved(Path(options.model))) is not None:
-        return saved, {}
-    names = names_in(open_source(options.model, revision=options.revision))
+        computed = tuple(name for name in read if name not in FILTERS)
+        revision = ["revision"] if options.revision else []
+        refuse_for_saved(options.model, revision + changed_settings(Settings, options, computed))
+        return _selected(saved, options), {}
+    source = open_source(options.model, revision=options.revision)
+    refuse_factored(source)
+    names = names_in(source)
     if tuned is None:
         return analyze(options.model, revision=options.revision, **chosen_settings(Settings, options, read)), names
     settings = Settings(**chosen_settings(Settings, options, SELECTED))
     return compare(options.model, tuned, base_revision=options.revision, settings=settings), names
+
+
+def _selected(saved: "Report | Comparison", options: argparse.Namespace) -> "Report | Comparison":
+    """With the matrices of the layers and names that are asked for; the recipe itself looks at the roles."""
+    from lmd_hf.records import Settings
+    from lmd_hf.run.plan import nothing_left, selector
+
+    settings = Settings(layers=options.layers, match=options.match)
+    rows: Any = tuple(filter(selector(saved.matrices, settings), saved.matrices))
+    if not rows:
+        raise nothing_left(settings)
+    return replace(saved, matrices=rows)
 
 
 def _quieten(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from lmd_hf.matrix.noise import bulk_is_mp_like
 from lmd_hf.recipes.modules import modules_of, whole_spectrum
 from lmd_hf.records import MatrixReport
 from lmd_hf.report.report import Report
+from lmd_hf.run.asked import NUMBER, check_type, texts
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def freeze_recipe(
     `names` gives modules other names than the checkpoint's. Raises `SettingsError` for a report in another metric than
     `identity`, a share outside (0, 1], and all that `modules.modules_of` names.
     """
+    check_type("report", report, (Report, "what lmd_hf.analyze gave"))
+    check_type("share", share, NUMBER)
     if not 0 < share <= 1:
         raise SettingsError(f"share is {share}; give the share of layers to train, above 0, at most 1")
     metric = report.settings.get("metric", "identity")
@@ -124,12 +127,17 @@ def freeze(model: nn.Module, recipe: FreezeRecipe | Iterable[str]) -> dict[str, 
     """
     if getattr(model, "peft_config", None):
         raise SettingsError("the model is wrapped by peft, which freezes its base itself; freeze before, or unload it")
-    patterns = [re.escape(n) for n in recipe.trained] if isinstance(recipe, FreezeRecipe) else list(recipe)
+    patterns = [re.escape(n) for n in recipe.trained] if isinstance(recipe, FreezeRecipe) else texts("recipe", recipe)
     parameters = dict(model.named_parameters())
     chosen: set[str] = set()
     for pattern in patterns:
-        wanted = re.compile(rf"(?:.*\.)?(?:{pattern.removeprefix('^').removesuffix('$')})")
-        exact = {name for name in parameters if re.fullmatch(pattern, name)}
+        try:
+            wanted = re.compile(rf"(?:.*\.)?(?:{pattern.removeprefix('^').removesuffix('$')})")
+            exact = {name for name in parameters if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise SettingsError(
+                f"'{pattern}' is no regular expression ({error}); re.escape makes one of a name"
+            ) from None
         found = exact or {name for name in parameters if wanted.fullmatch(name)}
         if not found:
             raise SettingsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from lmd_hf.recipes.modules import CONV1D_TYPES, Module, fits, module_name, modu
 from lmd_hf.recipes.ranks import by_budget, by_energy
 from lmd_hf.report.compare import Comparison
 from lmd_hf.report.report import Report
+from lmd_hf.run.asked import NUMBER, check_type
 
 
 if TYPE_CHECKING:
@@ -88,8 +90,12 @@ def lora_recipe(
     """
     if (budget is None) == (energy is None):
         raise SettingsError("give either a budget (trainable parameters) or an energy (share to hold), not both")
-    if not scale > 0:
-        raise SettingsError(f"scale is {scale}; it is α/r, above 0")
+    check_type("report", report, ((Report, Comparison), "what lmd_hf.analyze or lmd_hf.compare gave"))
+    for name, value in (("budget", budget), ("energy", energy), ("scale", scale)):
+        if value is not None:
+            check_type(name, value, NUMBER)
+    if not 0 < scale < math.inf:
+        raise SettingsError(f"scale is {scale}; it is α/r, a finite number above 0")
     compared = isinstance(report, Comparison)
     identity = report.base if isinstance(report, Comparison) else report.model
     names = _names(report, model)

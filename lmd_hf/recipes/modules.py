@@ -11,6 +11,7 @@ from lmd_hf.errors import SettingsError
 from lmd_hf.records import ROLES, MatrixReport
 from lmd_hf.report.compare import Comparison
 from lmd_hf.report.report import Report
+from lmd_hf.run.asked import texts
 from lmd_hf.run.plan import EXPERTS
 from lmd_hf.weights.formats import FORMATS, list_weights
 from lmd_hf.weights.lora import ENDS, ROOT
@@ -57,7 +58,7 @@ def modules_of(
     Raises `SettingsError` for an unknown role, a tied embedding, a model that peft has wrapped, a GGUF file (whose
     names are llama.cpp's), and where nothing is left.
     """
-    wanted = tuple(roles) or DEFAULT_ROLES
+    wanted = texts("roles", roles) or DEFAULT_ROLES
     for role in wanted:
         if role not in ROLES:
             raise SettingsError(f"no role '{role}'; known: {', '.join(ROLES)}")

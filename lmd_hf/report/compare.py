@@ -12,7 +12,7 @@ from lmd_hf import __version__
 from lmd_hf.changes import Changes, Matching, MatrixChange, Unmatched, VectorChange
 from lmd_hf.errors import FormatError
 from lmd_hf.records import UNREAD, ModelIdentity, Settings
-from lmd_hf.report.plain import identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
+from lmd_hf.report.plain import checked, identity_from_dict, parse_object, plain, row_from_dict, row_to_dict, to_text
 
 
 if TYPE_CHECKING:
@@ -102,13 +102,15 @@ class Comparison:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
         """The comparison back from its JSON types. `FormatError` if they are not of this schema."""
+        if not isinstance(values, dict):
+            raise FormatError(f"not a comparison but a {type(values).__name__}; give what `to_dict` returns")
         if values.get("schema") != SCHEMA:
             raise FormatError(
                 f"schema is '{values.get('schema')}', this version reads '{SCHEMA}'; make the comparison again"
             )
         try:
-            return cls(**{**values, **_records(values)})
-        except (KeyError, TypeError, AttributeError) as error:
+            return checked(cls(**{**values, **_records(values)}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"not a complete {SCHEMA} comparison ({error}); make it again") from None
 
     @classmethod

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from lmd_hf.errors import OutputError, SourceError
+from lmd_hf.errors import FormatError, OutputError, SourceError
 from lmd_hf.report.compare import Comparison
 from lmd_hf.report.plain import SPECTRA, Row
 from lmd_hf.report.report import Report
@@ -23,8 +23,9 @@ JSON, PARQUET, HEADS_PARQUET = "report.json", "matrices.parquet", "heads.parquet
 COMPARE_JSON, COMPARE_PARQUET = "compare.json", "compare.parquet"
 
 
-def write_folder(folder: Path, writers: Mapping[str, Writer]) -> None:
-    """Run each writer on a path in a temporary folder beside `folder`, then rename the files into it.
+def write_folder(folder: Path, writers: Mapping[str, Writer], *, own: Iterable[str] = ()) -> None:
+    """Run each writer on a path in a temporary folder beside `folder`, then rename the files into it. Of the names in
+    `own` those that nothing is written to are removed: an earlier report's, of which this one has none.
 
     If anything fails (disk full, no permission), `folder` is as it was and `OutputError` says why.
     """
@@ -38,6 +39,8 @@ def write_folder(folder: Path, writers: Mapping[str, Writer]) -> None:
             write(scratch / name)
         for name in writers:
             os.replace(scratch / name, folder / name)
+        for name in set(own) - set(writers):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"cannot write to {folder} ({error.strerror or error}); free some space or choose another --out"
@@ -107,13 +110,20 @@ def _read_text(path: Path, what: str, command: str) -> str:
 
 
 def _with_spectra(matrices: tuple[Row, ...], table: Path) -> tuple[Row, ...]:
-    """The matrices with their whole spectra, where the table has them."""
+    """The matrices with their whole spectra, where the table has them. Raises `FormatError` for a file that is no such
+    table."""
     if not table.is_file():
         return matrices
-    held: list[str] = [name for name in SPECTRA.values() if name in pyarrow.parquet.read_schema(table).names]
-    rows = pyarrow.parquet.read_table(table, columns=["name", "part", *held]).to_pylist()
-    spectra = {(row["name"], row["part"]): row for row in rows}
-    return tuple(_completed(matrix, spectra.get((matrix.name, matrix.part), {})) for matrix in matrices)
+    try:
+        held: list[str] = [name for name in SPECTRA.values() if name in pyarrow.parquet.read_schema(table).names]
+        rows = pyarrow.parquet.read_table(table, columns=["name", "part", *held]).to_pylist()
+        spectra = {(row["name"], row["part"]): row for row in rows}
+        return tuple(_completed(matrix, spectra.get((matrix.name, matrix.part), {})) for matrix in matrices)
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
+        reason, remedy = str(error).partition("\n")[0], "fetch it again (`git lfs pull`), or remove it"
+        raise FormatError(
+            f"{table}: not the table of these spectra ({reason}); {remedy}: shortened ones are kept too"
+        ) from None
 
 
 def _completed(matrix: Row, spectra: Mapping[str, Any]) -> Row:

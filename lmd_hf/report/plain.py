@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,11 @@ from lmd_hf.records import DataFigures, MatrixReport, ModelIdentity, WeightFile
 
 KEPT_VALUES = 512  # singular values of a matrix in JSON; the parquet file has all of them
 SPECTRA = {"singular_value_ranks": "singular_values", "topology_ranks": "topology_spectrum"}  # ranks: values
+TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "dict": (dict,), "np.ndarray": (np.ndarray,),
+}  # fmt: skip
 Row = TypeVar("Row", MatrixReport, MatrixChange)
+T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
@@ -52,18 +57,21 @@ def _thinned(values: np.ndarray | None, ranks: tuple[int, ...] | None) -> tuple[
 
 
 def row_from_dict(kind: type[Row], values: dict[str, Any]) -> Row:
-    """The matrix back from `row_to_dict`."""
-    values = {**values, "shape": tuple(values["shape"])}
+    """The matrix back from `row_to_dict`. Raises `TypeError` or `ValueError` for a value of another type."""
+    out, into = map(int, values["shape"])
+    values = {**values, "shape": (out, into)}
     for ranks, name in SPECTRA.items():
         if values.get(name) is not None:
             spectrum = np.array(values[name], dtype=np.float64)
+            if spectrum.ndim != 1:
+                raise ValueError(f"{name} is no list of numbers")
             spectrum.flags.writeable = False
             values |= {name: spectrum, ranks: None if values[ranks] is None else tuple(values[ranks])}
     if values.get("intervals"):
         values["intervals"] = {name: tuple(ends) for name, ends in values["intervals"].items()}
     if values.get("data"):
         values["data"] = _data_from_dict(values["data"])
-    return kind(**values)
+    return checked(kind(**values))
 
 
 def _data_from_dict(values: dict[str, Any]) -> DataFigures:
@@ -77,7 +85,27 @@ def _data_from_dict(values: dict[str, Any]) -> DataFigures:
 def head_from_dict(values: dict[str, Any]) -> HeadReport:
     """A head back from its JSON types."""
     spectra = {name: tuple(values[name]) for name in ("qk_singular_values", "ov_singular_values")}
-    return HeadReport(**{**values, **spectra})
+    return checked(HeadReport(**{**values, **spectra}))
+
+
+def checked(record: T) -> T:
+    """The record, whose simple fields are of the types that they are annotated with; else `TypeError`."""
+    kind: Any = type(record)
+    for name, types in _simple_fields(kind):
+        if not isinstance(value := getattr(record, name), types):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+    return record
+
+
+@cache
+def _simple_fields(kind: type) -> tuple[tuple[str, tuple[type, ...]], ...]:
+    """(name, the types of its values) of the fields that are annotated with one of `TYPES`, or that and None."""
+    simple = []
+    for field in dataclasses.fields(kind):
+        name, _, optional = str(field.type).partition(" | ")
+        if (types := TYPES.get(name.partition("[")[0])) is not None:
+            simple.append((field.name, (*types, type(None)) if optional else types))
+    return tuple(simple)
 
 
 def identity_from_dict(values: dict[str, Any]) -> ModelIdentity:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
 
+FIGURES, COMPARISON_FIGURES = ("spectra", "capacity", "heatmap", "heads"), ("updates", "changes")
 COLUMNS = 4
 SHOWN = 1e-5  # of the largest change of any matrix: what lies below is left out of the figure
 

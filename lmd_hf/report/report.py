@@ -12,6 +12,7 @@ from lmd_hf.errors import FormatError
 from lmd_hf.evidence import Convergence, Evidence, LayerVerdict
 from lmd_hf.records import UNREAD, Alias, Coverage, Finding, MatrixReport, ModelIdentity, Skipped
 from lmd_hf.report.plain import (
+    checked,
     head_from_dict,
     identity_from_dict,
     parse_object,
@@ -119,13 +120,15 @@ class Report:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The report back from its JSON types. `FormatError` if they are not of this schema."""
+        if not isinstance(values, dict):
+            raise FormatError(f"not a report but a {type(values).__name__}; give what `to_dict` returns")
         if values.get("schema") != SCHEMA:
             raise FormatError(
                 f"schema is '{values.get('schema')}', this version reads '{SCHEMA}'; make the report again"
             )
         try:
-            return cls(**{**values, **_records(values)})
-        except (KeyError, TypeError, AttributeError) as error:
+            return checked(cls(**{**values, **_records(values)}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"not a complete {SCHEMA} report ({error}); make it again") from None
 
     @classmethod
@@ -135,9 +138,9 @@ class Report:
 
     def save(self, folder: str | Path) -> None:
         """Write `report.json` and `matrices.parquet` (with whole spectra); all or nothing. Raises `OutputError`."""
-        from lmd_hf.report.files import report_writers, write_folder
+        from lmd_hf.report.files import HEADS_PARQUET, report_writers, write_folder
 
-        write_folder(Path(folder), report_writers(self))
+        write_folder(Path(folder), report_writers(self), own=[HEADS_PARQUET])
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:

@@ -113,7 +113,7 @@ def _read(dataset: str) -> tuple[Any, dict[str, Any]]:
     path = Path(dataset).expanduser()
     name, _, configuration = dataset.partition(":")  # org/name:configuration
     if path.suffix.lower() in LOADERS and not path.is_file():
-        raise SettingsError(f"{dataset}: no such file; check the path of --dataset")
+        raise SettingsError(f"{dataset}: no such file; check the path of the dataset")
     if path.is_file() and path.stat().st_size == 0:
         raise SettingsError(f"{dataset}: the dataset is empty; its file holds nothing")
     try:

@@ -14,6 +14,7 @@ from lmd_hf.errors import SettingsError
 from lmd_hf.evidence import STABLE, UNKNOWN, UNSTABLE, Convergence, Evidence, LayerVerdict, Thresholds
 from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import MatrixReport
+from lmd_hf.run.asked import NUMBER, check_type
 
 
 LAST_SHARE, LEAST_POINTS = 0.1, 10  # of a loss curve: its last tenth, but no fewer points
@@ -80,7 +81,9 @@ Row = TypeVar("Row", bound=Placed)
 
 def check_thresholds(thresholds: Thresholds) -> None:
     """`SettingsError` for a threshold that is no finite number from 0 on."""
+    check_type("thresholds", thresholds, (Thresholds, "a value of lmd_hf.Thresholds"))
     for name, value in vars(thresholds).items():
+        check_type(f"the threshold {name}", value, NUMBER)
         if not 0 <= value < math.inf:
             raise SettingsError(f"the threshold {name} is {value}; give a number from 0 on")
 

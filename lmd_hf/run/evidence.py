@@ -12,6 +12,7 @@ from lmd_hf.changes import MatrixChange, Pair
 from lmd_hf.errors import FormatError, SettingsError, SourceError
 from lmd_hf.evidence import UNKNOWN, Convergence, Evidence, Thresholds
 from lmd_hf.records import MatrixReport, Settings
+from lmd_hf.run.asked import check_model
 from lmd_hf.run.compare import compare_all
 from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_weights
 from lmd_hf.run.pairs import match
@@ -33,6 +34,7 @@ def open_before(
     """The earlier checkpoint of a model, which was opened with `where` as `source`: a folder, a file, a module, a Hub
     id, `id@revision`, or `@revision` of the model's own repository. Raises what `open_source` does, and `SettingsError`
     for a model of another type."""
+    check_model(before)
     named, options = before, {"token": where.get("token"), "download": where.get("download", False)}
     if isinstance(before, str) and "@" in before and not Path(before).expanduser().exists():
         named, _, options["revision"] = before.rpartition("@")

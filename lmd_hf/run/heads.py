@@ -117,10 +117,7 @@ def _attention(
 
 def read_matrices(head: HeadRef, source: Source) -> dict[MatrixRef, Read]:
     """Every matrix of an attention, dequantised, and the gains that feed them."""
-    matrices = {
-        ref: Read(read_matrix(source, ref), None if ref.norm is None else read_gain(source, ref.norm))
-        for ref in head_matrices(head)
-    }
+    matrices = {ref: Read(read_matrix(source, ref), read_gain(source, ref)) for ref in head_matrices(head)}
     for rows in (*head.q, *head.k):
         if rows.after is not None:  # every head multiplies with it
             whole = matrices[rows.after.ref]

@@ -178,7 +178,7 @@ def _subject(source: Source, found: MatrixRef | HeadRef) -> _Subject:
         lmd = decompose_product(ov_circuit(used.w_o_OE, used.w_v_EJ))
         return _Subject(_label(found), lmd, entry, True, True, _gain(entry), lambda x: x @ own.w_v_EJ.T @ own.w_o_OE.T)
     w = stored_matrix(source, found).to(torch.float64)
-    lmd = decompose(fold(w, None if found.norm is None else read_gain(source, found.norm)))
+    lmd = decompose(fold(w, read_gain(source, found)))
     reads, writes = found.role in READERS and found.part != "b", found.role in WRITERS and found.part != "a"
     return _Subject(_label(found), lmd, found, reads, writes, _gain(found), lambda x: x @ w.T)
 
@@ -211,7 +211,7 @@ def _head(source: Source, inventory: Inventory) -> tuple[Tensor, str]:
     w = stored_matrix(source, heads[0])
     if heads[0].norm is None:
         return w, f"output head {heads[0].name}"
-    return fold(w, read_gain(source, heads[0].norm)), f"output head {heads[0].name} with the last norm's gain"
+    return fold(w, read_gain(source, heads[0])), f"output head {heads[0].name} with the last norm's gain"
 
 
 def _near(table_VN: Tensor, axes_NK: Tensor, words: Any, count: int) -> list[tuple[Near | None, Near | None]]:

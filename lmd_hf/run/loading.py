@@ -50,10 +50,11 @@ class Origin:
 def origin(source: Source) -> Origin:
     """Where a source can be loaded from as a whole.
 
-    Raises `SourceError` with the remedy for adapters (alone they have no forward pass), models that need code of
-    their own, and weight files without the rest of a model.
+    Raises `SourceError` with the remedy for adapters (alone they have no forward pass), truncated models, models that
+    need code of their own, and weight files without the rest of a model.
     """
     identity, config = source.identity, source.config
+    refuse_factored(source)
     if source.updates or is_adapter(config):
         remedy = "merge it into its base (peft's merge_and_unload), save that, and analyse the folder"
         raise SourceError(f"{identity.id}: an adapter cannot be run by itself; {remedy}")
@@ -67,6 +68,14 @@ def origin(source: Source) -> Origin:
     if config is None or alone or not isinstance(place, Path):
         raise SourceError(f"{identity.id}: no whole model to run; give a folder with config.json, or a Hub id")
     return Origin(str(place.parent))
+
+
+def refuse_factored(source: Source) -> None:
+    """`SourceError` for what `LMDModel.save_pretrained` wrote: transformers cannot load it, nor have its factors the
+    roles of the matrices that they stand for."""
+    if "truncated" in (source.config or {}):
+        remedy = "give the folder that LMDModel.from_pretrained(…).merge().save_pretrained(FOLDER) writes"
+        raise SourceError(f"{source.identity.id}: a truncated model, whose layers hold factors; {remedy}")
 
 
 def load_model(source: Source, place: Origin, device: str = "auto") -> nn.Module:

@@ -89,7 +89,7 @@ def _split(
     data: Samples, held_out: Samples | float, neighbours: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training inputs and targets, held-out inputs and targets."""
-    inputs, targets = map(torch.as_tensor, data)
+    inputs, targets = _paired(data, "")
     if isinstance(held_out, (int, float)):
         if not 0 < held_out < 1:
             raise SettingsError(f"held_out is {held_out}; give a share between 0 and 1, or the points themselves")
@@ -97,14 +97,19 @@ def _split(
         aside, kept = order[: round(held_out * len(inputs))], order[round(held_out * len(inputs)) :]
         parts = inputs[kept], targets[kept], inputs[aside], targets[aside]
     else:
-        away, away_targets = map(torch.as_tensor, held_out)
+        away, away_targets = _paired(held_out, "held-out ")
         parts = inputs, targets, away, away_targets
-    for x, y, least, what in ((*parts[:2], neighbours + 1, "training"), (*parts[2:], 1, "held-out")):
-        if len(x) != len(y):
-            raise SettingsError(f"{len(x)} {what} inputs and {len(y)} targets; each input needs its target")
+    for x, least, what in ((parts[0], neighbours + 1, "training"), (parts[2], 1, "held-out")):
         if len(x) < least:
             raise SettingsError(f"{len(x)} {what} points; at least {least} are needed")
     return parts
+
+
+def _paired(points: Samples, what: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = map(torch.as_tensor, points)
+    if len(inputs) != len(targets):
+        raise SettingsError(f"{len(inputs)} {what}inputs and {len(targets)} targets; each input needs its target")
+    return inputs, targets
 
 
 @torch.no_grad()

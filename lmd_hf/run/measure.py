@@ -50,9 +50,9 @@ class Spectra:
 
 
 def read_metric(source: Source, ref: MatrixRef, metric: str) -> torch.Tensor | None:
-    """The gain γ whose metric is asked for; `None` where that is the identity, or no norm feeds the matrix."""
-    plain = metric == "identity" or ref.norm is None or ref.stored == "lora"
-    return None if plain or ref.norm is None else read_gain(source, ref.norm)
+    """The gain γ whose metric is asked for; `None` where that is the identity, or no norm feeds the matrix. Raises
+    `ValueError` for one that does not fit."""
+    return None if metric == "identity" or ref.stored == "lora" else read_gain(source, ref)
 
 
 def procedure(work: Work) -> str:

@@ -72,7 +72,7 @@ def measure_mlp(mlp: MlpRef, source: Source, *, folded: bool) -> Outcome:
 
 
 def _rows(ref: MatrixRef, source: Source, folded: bool) -> Tensor:
-    gain = read_gain(source, ref.norm) if folded and ref.norm is not None else None
+    gain = read_gain(source, ref) if folded else None
     return fold(read_matrix(source, ref), gain)
 
 

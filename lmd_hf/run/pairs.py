@@ -32,7 +32,7 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
     A selection is one of the base's matrices; vectors are compared only without one. Raises `SettingsError` for
     settings that cannot be read, a metric other than `identity`, and a selection that leaves nothing.
     """
-    wanted, wanted_tuned = selector(base, settings), selector(tuned, settings)
+    wanted, wanted_tuned = selector(base.selected, settings), selector(tuned.selected, settings)
     if settings.metric != "identity":
         raise SettingsError(f"compare works in the identity metric, not in '{settings.metric}'; leave the metric out")
     left, right = _with_tied(base), _with_tied(tuned)

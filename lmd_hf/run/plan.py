@@ -4,11 +4,13 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from lmd_hf.circuits import HeadRef, MlpRef
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.cost import EXACT_SIDE, exact_bytes, exact_flops, sketch_bytes, sketch_flops, sketch_pays
 from lmd_hf.records import ROLES, Data, Inventory, MatrixRef, ModelIdentity, Plan, Settings, Skipped, Work
+from lmd_hf.run.asked import check_types
 from lmd_hf.run.shares import share_out
 from lmd_hf.weights.heads import head_matrices, list_heads, unformed_notes
 from lmd_hf.weights.inventory import pieces
@@ -19,13 +21,32 @@ SHARED = (("q", "k", "v", "kv"), ("gate", "up"))  # roles that read the same inp
 EXPERTS = r"(?<!shared_)experts\."  # one tensor each, and loaded into one parameter
 
 
+class Named(Protocol):
+    """A matrix that can be selected, planned or measured."""
+
+    @property
+    def name(self) -> str:
+        """Its tensor."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """What it is for."""
+        ...
+
+    @property
+    def layer(self) -> int | None:
+        """The index of its block."""
+        ...
+
+
 def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings, world_size: int = 1) -> Plan:
     """Which matrices are done, at what cost, by which of `world_size` ranks (`share_out`).
 
     Unselected matrices become `Skipped` with the reason `not selected`. Raises `SettingsError` for an unknown role,
     metric or kernel, a layer list that cannot be read, and a selection that leaves nothing.
     """
-    chosen = list(filter(selector(inventory, settings), inventory.selected))
+    chosen = list(filter(selector(inventory.selected, settings), inventory.selected))
     if inventory.selected and not chosen:
         raise nothing_left(settings)
     kept = set(map(id, chosen))
@@ -50,7 +71,7 @@ def plan_heads(inventory: Inventory, settings: Settings) -> tuple[HeadRef, ...]:
     """The heads of which a matrix is selected; none where they are not asked for."""
     if not settings.heads:
         return ()
-    is_chosen = selector(inventory, settings)
+    is_chosen = selector(inventory.selected, settings)
     return tuple(head for head in list_heads(inventory)[0] if any(map(is_chosen, head_matrices(head))))
 
 
@@ -58,7 +79,7 @@ def plan_mlps(inventory: Inventory, settings: Settings) -> tuple[MlpRef, ...]:
     """The MLPs of which a matrix is selected; none where heads are not asked for."""
     if not settings.heads:
         return ()
-    is_chosen = selector(inventory, settings)
+    is_chosen = selector(inventory.selected, settings)
     return tuple(mlp for mlp in list_mlps(inventory.selected) if any(map(is_chosen, mlp_matrices(mlp))))
 
 
@@ -75,11 +96,11 @@ def _unformed(inventory: Inventory, chosen: list[MatrixRef], settings: Settings)
     return unformed_notes(each for each in list_heads(inventory)[1] if each.name in names)
 
 
-def selector(inventory: Inventory, settings: Settings) -> Callable[[MatrixRef], bool]:
-    """Whether a matrix is selected, `inventory` telling which layer is the last. `SettingsError` for bad settings."""
+def selector(rows: Iterable[Named], settings: Settings) -> Callable[[Named], bool]:
+    """Whether a matrix is selected, `rows` telling which layer is the last. `SettingsError` for bad settings."""
     _check(settings)
-    layers = _wanted_layers(settings.layers, inventory)
-    return lambda ref: _is_chosen(ref, settings, layers)
+    layers = _wanted_layers(settings.layers, rows)
+    return lambda row: _is_chosen(row, settings, layers)
 
 
 def nothing_left(settings: Settings) -> SettingsError:
@@ -91,6 +112,7 @@ def nothing_left(settings: Settings) -> SettingsError:
 
 
 def _check(settings: Settings) -> None:
+    check_types(settings)
     for role in settings.roles:
         if role not in ROLES:
             raise SettingsError(f"no role '{role}'; known: {', '.join(ROLES)}")
@@ -116,6 +138,7 @@ def _check_data(metric: str, data: Data | None) -> None:
     if data is None or not data.dataset:
         kinds = "a Hub id, a .jsonl, .json, .parquet, .csv or .txt file, or an image folder"
         raise SettingsError(f"the metric 'data' needs a dataset: give --dataset, {kinds}")
+    check_types(data)
     _check_choices(data)
     for name in ("samples", "seq_len", "batch_size", "neighbours"):
         if getattr(data, name) < 1:
@@ -124,11 +147,11 @@ def _check_data(metric: str, data: Data | None) -> None:
         raise SettingsError(f"tokens is {data.tokens}; give their number, or 0 to have it chosen")
 
 
-def _wanted_layers(text: str, inventory: Inventory) -> set[int] | None:
+def _wanted_layers(text: str, rows: Iterable[Named]) -> set[int] | None:
     """`0-3,-1` as a set of layer indices; a negative one counts from the last layer. `None` for all."""
     if not text:
         return None
-    count = 1 + max((ref.layer for ref in inventory.selected if ref.layer is not None), default=-1)
+    count = 1 + max((row.layer for row in rows if row.layer is not None), default=-1)
     wanted: set[int] = set()
     for piece in text.split(","):
         start, dash, stop = (
@@ -142,11 +165,11 @@ def _wanted_layers(text: str, inventory: Inventory) -> set[int] | None:
     return wanted
 
 
-def _is_chosen(ref: MatrixRef, settings: Settings, layers: set[int] | None) -> bool:
+def _is_chosen(row: Named, settings: Settings, layers: set[int] | None) -> bool:
     return (
-        (not settings.roles or ref.role in settings.roles)
-        and (layers is None or ref.layer in layers)
-        and (not settings.match or fnmatch.fnmatchcase(ref.name, settings.match))
+        (not settings.roles or row.role in settings.roles)
+        and (layers is None or row.layer in layers)
+        and (not settings.match or fnmatch.fnmatchcase(row.name, settings.match))
     )
 
 

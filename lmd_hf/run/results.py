@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from lmd_hf import __version__
 from lmd_hf.errors import FormatError
+from lmd_hf.run.asked import hub_id
 from lmd_hf.weights.answers import patiently, told
 
 
@@ -37,7 +38,7 @@ def read_results(
             return []
         return [_report(dataset_id, name, token) for name in names if commit is None or f"/{commit}-" in name]
 
-    return told(dataset_id, lambda: patiently(read))
+    return told(hub_id(dataset_id), lambda: patiently(read))
 
 
 def slug(model: str) -> str:

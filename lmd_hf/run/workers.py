@@ -83,7 +83,7 @@ def fitting(sizes: list[int], most: int, device: torch.device, limit: float = ma
         room = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
     else:
         room = psutil.virtual_memory().available * MEMORY_SHARE / local_processes()
-    return min(most, len(sizes), max(1, int(min(room, limit) // max(sizes)))) if sizes else 1
+    return min(most, len(sizes), max(1, int(min(room, limit) // max(1, *sizes)))) if sizes else 1
 
 
 def room_ahead() -> int:

@@ -29,7 +29,7 @@ class Budget:
     _last: dict[tuple[str, str], float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.share is not None and not 0 < self.share < math.inf:
+        if self.share is not None and not (isinstance(self.share, int | float) and 0 < self.share < math.inf):
             raise SettingsError(f"budget is {self.share}; give a share of the training time such as 0.02, or None")
         self.started = self.clock()
 

@@ -12,8 +12,11 @@ from lmd_hf.training.series import Point, latest
 HEADERS = ("matrices", "count", "latent dim", "effective rank / k", "capacity, log₁₀", "cos² to the start")
 
 
-def section(points: Sequence[Point], told: dict[str, Any], *, figure: str | None = None) -> str:
-    """Markdown; `told` is `LMDTracker.told`, `figure` the address of the picture from the card."""
+def section(
+    points: Sequence[Point], told: dict[str, Any], *, figure: str | None = None, loaded: int | None = None
+) -> str:
+    """Markdown; `told` is `LMDTracker.told`, `figure` the address of the picture from the card, `loaded` the step of
+    the checkpoint that the training ended with, where that is not its last."""
     first, last = latest(points[::-1]), latest(points)
     groups: dict[str, list[tuple[str, str]]] = {}
     for key, point in last.items():
@@ -38,6 +41,7 @@ def section(points: Sequence[Point], told: dict[str, Any], *, figure: str | None
         "values above the noise threshold; cos² compares the leading directions with those at the first step; capacity "
         "is a bound under a Hopfield model's assumptions. None of these numbers measures quality.",
         "",
+        *([f"The weights kept are those of step {loaded:,}, the best checkpoint.", ""] if loaded is not None else []),
         tabulate(rows, headers=HEADERS, tablefmt="github", disable_numparse=True),
         "",
         *([f"![Latent dimension, drift and capacity by step]({figure})", ""] if figure else []),

@@ -109,7 +109,7 @@ def read_series(path: Path) -> list[Point]:
     """The points that `write_series` wrote. `FormatError` if they are none."""
     try:
         return [_to_point(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
-    except (pyarrow.ArrowException, TypeError, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise FormatError(f"{path}: no series of a training ({error}); move it away to begin anew") from None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmd_hf.errors import FormatError, NoDataError, SettingsError, SourceError
 from lmd_hf.evidence import Convergence, Thresholds
-from lmd_hf.records import MatrixReport, Settings, Work
+from lmd_hf.records import MatrixRef, MatrixReport, Settings, Work
 from lmd_hf.report.files import text_writer, write_folder
 from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_weights
 from lmd_hf.run.measure import measure, read_metric, to_row
@@ -54,13 +54,14 @@ class LMDTracker:
 
     The start is measured at once, then every `every` steps as many matrices as fit into `budget`, a share of the time
     that the training itself takes (`None`: all of them, whatever it takes): those first that were measured longest ago,
-    of these the cheapest. The rest waits for its turn. Matrices that take no gradients are measured once; of a model
-    that peft has wrapped, the updates of its adapter are. `roles` and `metric` (`identity` or `norm`) are as for
-    `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
+    of these the cheapest. The rest waits for its turn. What takes no gradients is measured once, and again after it
+    took some; of a model with adapters of peft, their updates are measured. `roles` and `metric` (`identity` or `norm`)
+    are as for `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
 
     The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
-    `resume` is the folder of an earlier `checkpoint` and the step to go on from. Raises `SettingsError` for a selection
-    that leaves nothing, or nothing that is trained, and `SourceError` where parameters are spread over processes.
+    `resume` is the folder of an earlier `checkpoint` (`None`: there is none) and the step to go on from. Raises
+    `SettingsError` for a selection that leaves nothing, or nothing that is trained, `FormatError` for a damaged
+    checkpoint, and `SourceError` where parameters are spread over processes.
     """
 
     def __init__(
@@ -71,12 +72,11 @@ class LMDTracker:
         roles: Iterable[str] = (),
         metric: str = "identity",
         budget: float | None = 0.02,
-        resume: tuple[str | Path, int] | None = None,
+        resume: tuple[str | Path | None, int] | None = None,
     ) -> None:
         if every < 1:
             raise SettingsError(f"every is {every}; give a number of steps from 1 on")
-        if metric not in ("identity", "norm"):
-            raise SettingsError(f"a training is watched in the metric 'identity' or 'norm', not in '{metric}'")
+        options = checked(roles, metric, budget)
         self.budget = Budget(budget)
         self.model, self.every = model, every
         self.points: list[Point] = []
@@ -86,20 +86,23 @@ class LMDTracker:
         self._views: dict[Key, dict[str, View]] = {}
         self._rows: dict[Key, MatrixReport] = {}
         self._moved: dict[Key, Moved] = {}
+        self._frozen: set[Key] = set()
+        self._moving: set[Key] = set()  # what has taken gradients since its last point, or takes them now
         with self.budget.spending():
-            source = self._open()
-            todo = make_plan(
-                list_matrices(source), source.identity, Settings(metric=metric, roles=tuple(roles), device="cpu")
-            )
+            sources = self._open()
+            listed = [list_matrices(source) for source in sources]
+            whole = replace(listed[0], selected=tuple(ref for each in listed for ref in each.selected))
+            todo = make_plan(whole, sources[0].identity, Settings(metric=metric, roles=options["roles"], device="cpu"))
             self._metric, self._works = metric, sorted(todo.works, key=lambda work: work.flops)
-            self._frozen = {_key(w) for w in todo.works if _is_frozen(source, w)}
+            self._look_for_gradients(sources)
             if len(self._frozen) == len(self._works):
                 raise SettingsError(
                     "no selected matrix takes gradients; unfreeze one, or select other roles: nothing here will move"
                 )
             if resume is not None:
                 self.steps = resume[1]
-                self._restore(Path(resume[0]))
+                if resume[0] is not None:
+                    self._restore(Path(resume[0]))
         self.measure(floor=FLOOR_SECONDS)
 
     def step(self, loss: float | None = None) -> dict[str, float] | None:
@@ -114,15 +117,16 @@ class LMDTracker:
         """Measure now, for as long as the budget has room, but at least `floor` seconds; the means over the last point
         of every matrix (`lmd/latent_dim`, `lmd/subspace_cos2` …)."""
         room = self.budget.room(floor)
-        if room > 0 and (due := self._due()):
+        if room > 0:
             with self.budget.spending():
-                source = self._open()
-            for work in due:
+                sources = self._open()
+                self._look_for_gradients(sources)
+            for work in self._due():
                 room -= self.budget.expected(work)
                 if room < 0:
                     break
                 with self.budget.spending(work):
-                    self._measure(source, work)
+                    self._measure(sources, work)
         return summary(self.points, self.steps)
 
     def convergence(self, history: Sequence[dict[str, Any]] | None = None) -> Convergence:
@@ -208,22 +212,32 @@ class LMDTracker:
                 view = from_tensors(fields)
                 if view.step <= self.steps and key in known:
                     self._views.setdefault(key, {})[kept] = view
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / VIEWS}: damaged ({error}); move it away to begin anew") from None
 
-    def _open(self) -> Source:
-        return open_training(self.model) if isinstance(self.model, nn.Module) else open_source(self.model)
+    def _open(self) -> tuple[Source, ...]:
+        return open_training(self.model) if isinstance(self.model, nn.Module) else (open_source(self.model),)
+
+    def _look_for_gradients(self, sources: tuple[Source, ...]) -> None:
+        """What is frozen now; a training may freeze and unfreeze as it goes."""
+        self._frozen = {_key(w) for w in self._works if _is_frozen(sources, w.ref)}
+        self._moving |= {_key(w) for w in self._works} - self._frozen
 
     def _due(self) -> list[Work]:
-        """What was measured longest ago first (before that what never was), of these the cheapest; frozen ones once."""
+        """What was measured longest ago first (before that what never was), of these the cheapest; what has taken no
+        gradients since its last point is not due."""
         seen = {(p.name, p.part): p.step for p in self.points}
-        works = [w for w in self._works if _key(w) not in self._frozen or _key(w) not in seen]
+        works = [w for w in self._works if _key(w) in self._moving or _key(w) not in seen]
         return sorted((w for w in works if seen.get(_key(w), -1) < self.steps), key=lambda w: seen.get(_key(w), -1))
 
     @torch.no_grad()
-    def _measure(self, source: Source, work: Work) -> None:
+    def _measure(self, sources: tuple[Source, ...], work: Work) -> None:
         """The next point of one matrix; one that cannot be read or is not finite is named in `skipped`."""
         begun, ref = self.budget.clock(), work.ref
+        source = _holder(sources, ref)
+        if source is None:
+            self.skipped[ref.name] = "it is in the model no longer, or in no active adapter"
+            return
         try:
             stored = _where_float64_is(read_stored(source, ref))
             gain = read_metric(source, ref, self._metric)
@@ -232,6 +246,7 @@ class LMDTracker:
             self.skipped[ref.name] = str(error)
             return
         self.skipped.pop(ref.name, None)
+        self._moving -= {_key(work)} & self._frozen
         now, kept = look(self.steps, row, stored, gain), self._views.setdefault(_key(work), {})
         if FIRST not in kept or (kept[FIRST].cut == 0 and now.cut):
             kept[FIRST] = now  # an adapter begins at 0, which has no directions
@@ -242,12 +257,29 @@ class LMDTracker:
         self.points.append(to_point(self.steps, row, since_first, self.budget.clock() - begun))
 
 
+def checked(roles: Iterable[str], metric: str, budget: float | None) -> dict[str, Any]:
+    """The options of a tracker as they are used. `SettingsError` for what can be told before there is a model."""
+    if isinstance(roles, str):
+        raise SettingsError(f"roles is the text '{roles}'; give a tuple: roles={tuple(roles.split(','))}")
+    if metric not in ("identity", "norm"):
+        raise SettingsError(f"a training is watched in the metric 'identity' or 'norm', not in '{metric}'")
+    Budget(budget)
+    return {"roles": tuple(roles), "metric": metric, "budget": budget}
+
+
 def _key(work: Work) -> Key:
     return work.ref.name, work.ref.part
 
 
-def _is_frozen(source: Source, work: Work) -> bool:
-    return isinstance(source, LiveSource) and not takes_gradients(source, work.ref)
+def _holder(sources: tuple[Source, ...], ref: MatrixRef) -> Source | None:
+    """The source that a matrix is in; a training may have taken it out."""
+    names = {tensor.name for tensor in ref.tensors}
+    return next((s for s in sources if not isinstance(s, LiveSource) or names <= s.values.keys()), None)
+
+
+def _is_frozen(sources: tuple[Source, ...], ref: MatrixRef) -> bool:
+    source = _holder(sources, ref)
+    return source is None or (isinstance(source, LiveSource) and not takes_gradients(source, ref))
 
 
 def _where_float64_is(stored: Stored) -> Stored:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lmd_hf.errors import SettingsError
 from lmd_hf.layers.linear import LMDLinear
+from lmd_hf.run.asked import check_model
 from lmd_hf.run.loading import Origin, load_model, origin
 from lmd_hf.weights.answers import told
 from lmd_hf.weights.live import open_live
@@ -55,6 +56,7 @@ def open_base(model: str | Path | nn.Module, **where: Any) -> Base:
         source = open_live(model)
         copied = sharing(model)
         return Base(copied, open_live(copied), public_name(source.identity.id), None, origin(source))
+    check_model(model, revision=where.get("revision"))
     stored = open_source(model, **where)
     place = origin(stored)
     if method := quantisation(stored.config):

@@ -3,6 +3,7 @@
 Shapes: O = out, I = in, K = axes kept.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,7 +74,7 @@ def find_parts(base: Base, inventory: Inventory, settings: Settings) -> tuple[li
 
     Raises `SettingsError` for a bad selection and one that leaves nothing to factorise.
     """
-    chosen = selector(inventory, settings)
+    chosen = selector(inventory.selected, settings)
     tied = {name for pair in base.source.shared for name in pair}
     groups: dict[str, list[MatrixRef]] = {}
     for ref in inventory.selected:
@@ -96,7 +97,10 @@ def find_parts(base: Base, inventory: Inventory, settings: Settings) -> tuple[li
     if not parts and not left:
         raise nothing_left(settings)
     if not parts:
-        raise SettingsError(f"no matrix can be factorised: '{left[0].name}' {left[0].reason}; see `lmd-hf plan`")
+        ((reason, count),) = Counter(each.reason for each in left).most_common(1)
+        first = next(each.name for each in left if each.reason == reason)
+        told = f"'{first}' {reason} ({count} of {len(left)} matrices)"
+        raise SettingsError(f"no matrix can be factorised: {told}; see `lmd-hf plan`")
     return parts, left
 
 
@@ -167,8 +171,8 @@ def _in_identity(base: Base, parts: Sequence[Part], data: Data | None) -> Sights
 
 def _in_norm(base: Base, parts: Sequence[Part], data: Data | None) -> Sights:
     for part in parts:
-        gain = part.ref.norm
-        yield part, Seen() if gain is None else Seen("norm", norm(read_gain(base.source, gain)))
+        gain = read_gain(base.source, part.ref)
+        yield part, Seen() if gain is None else Seen("norm", norm(gain))
 
 
 def _in_data(base: Base, parts: Sequence[Part], data: Data | None, *, name: str = "data") -> Sights:

@@ -15,6 +15,7 @@ from lmd_hf import __version__
 from lmd_hf.errors import FormatError, OutputError, SettingsError, SourceError
 from lmd_hf.layers.linear import LMDLinear
 from lmd_hf.report.plain import plain
+from lmd_hf.run.asked import hub_id
 from lmd_hf.truncated.base import COMPANIONS, read_companions, sharing
 from lmd_hf.truncated.card import card_text
 from lmd_hf.truncated.record import FactoredLayer, Truncation
@@ -91,9 +92,16 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
             ) from None
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "LMDModel":
+        """The model of a folder or of a repository on the Hub, with the keywords of `ModelHubMixin`. Raises
+        `SourceError` for a repository of another kind, `FormatError` for a damaged one."""
+        name = str(pretrained_model_name_or_path)
+        found: LMDModel = super().from_pretrained(name if Path(name).is_dir() else hub_id(name), **options)
+        return found
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "LMDModel":
-        """What `from_pretrained` calls. Raises `SourceError` for a repository of another kind, `FormatError` for a
-        damaged one."""
+        """What `ModelHubMixin` calls."""
         where = {name: options[name] for name in WHERE if options.get(name) is not None}
         folder = Path(model_id)
         if not folder.is_dir():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lmd_hf.errors import SettingsError
 from lmd_hf.matrix.allocation import Curve, by_energy, within_budget
 from lmd_hf.records import Data, Settings, Skipped
+from lmd_hf.run.asked import NUMBER, check_type, texts
 from lmd_hf.run.batches import load_batches
 from lmd_hf.truncated.base import Base, open_base, public_name
 from lmd_hf.truncated.cut import SIGHTS, Axes, axes_of, find_parts, put_in
@@ -62,7 +63,7 @@ def truncate(
     if metric not in SIGHTS:
         raise SettingsError(f"no metric '{metric}'; known: {', '.join(SIGHTS)}")
     used = "data" if metric == "fisher" else metric
-    settings = Settings(metric=used, roles=tuple(roles), data=_data(data))
+    settings = Settings(metric=used, roles=texts("roles", roles), data=_data(data))
     base = open_base(model, revision=revision, token=token)
     parts, left = find_parts(base, list_matrices(base.source), settings)
     held_out = None if evaluate is None else _data(evaluate)
@@ -121,6 +122,7 @@ def _target(**given: float | None) -> dict[str, float]:
     if len(asked) != 1:
         raise SettingsError(f"give one of ratio, energy and rank; given: {', '.join(asked) or 'none'}")
     ((name, value),) = asked.items()
+    check_type(name, value, NUMBER)
     if name == "rank" and (value < 1 or value != int(value)):
         raise SettingsError(f"rank is {value}; a layer keeps one axis or more")
     if name != "rank" and not 0 < value < 1:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lmd_hf.errors import FormatError
 from lmd_hf.records import TensorRef, Weight
 from lmd_hf.weights import gguf, unpack
+from lmd_hf.weights.grids import sizes
 from lmd_hf.weights.lora import is_adapter, list_adapter_weights
 from lmd_hf.weights.unpack import Unpacked
 
@@ -57,21 +57,23 @@ def _two_a_byte(parts: Parts, read: Read) -> tuple[int, ...]:
 
 
 def _stored_shape(parts: Parts, read: Read) -> tuple[int, ...]:
-    return tuple(read(parts["shape"]).tolist())
+    return _held(parts["weight"], sizes(read(parts["shape"]).tolist()))
 
 
 def _quant_state_shape(parts: Parts, read: Read) -> tuple[int, ...]:
-    state = parts["state"]
-    try:
-        return tuple(unpack.quant_state(read(state))["shape"])
-    except (ValueError, KeyError, TypeError):
-        raise FormatError(f"{state.file}: '{state.name}' is no bitsandbytes state; download it again") from None
+    return _held(parts["weight"], unpack.quant_state(read(parts["state"]))["shape"])
+
+
+def _held(tensor: TensorRef, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that is stored beside a tensor; `ValueError` if it is no matrix's, or of more values than the tensor has
+    bits."""
+    if len(shape) < 2 or math.prod(shape) > 8 * (tensor.stop - tensor.start):
+        raise ValueError(f"{shape} is not the shape of what {tensor.stop - tensor.start} bytes hold")
+    return shape
 
 
 def _gptq_shape(parts: Parts, read: Read) -> tuple[int, ...]:
-    rows = parts["scale"].shape[1]
-    bits = parts["zero"].shape[1] * 32 // rows
-    return rows, parts["g_idx"].shape[0] if "g_idx" in parts else parts["weight"].shape[0] * 32 // bits
+    return unpack.gptq_sizes(*(parts[key].shape for key in ("weight", "zero", "scale")))[:2]
 
 
 def _awq_shape(parts: Parts, read: Read) -> tuple[int, ...]:
@@ -86,7 +88,7 @@ def _gpt_oss_shape(parts: Parts, read: Read) -> tuple[int, ...]:
 def _is_gptq(parts: Parts, settings: dict[str, Any]) -> bool:
     layout = str(settings.get("checkpoint_format", "gptq")) + str(settings.get("packing_format", ""))
     other = any(word in layout for word in ("marlin", "bitblas", "awq", "exllama:", "qqq"))
-    return not other and parts["weight"].shape[1] == parts["scale"].shape[1]
+    return not other and parts["weight"].shape[1:] == parts["scale"].shape[1:]
 
 
 def _version(number: str) -> Callable[[Parts, dict[str, Any]], bool]:
@@ -158,7 +160,8 @@ FORMATS = {
         BYTES,
         _two_a_byte,
         fits=lambda parts, settings: (
-            parts["scale"].dtype in ("F8_E8M0", "U8") and parts["scale"].shape[-1] * 16 == parts["weight"].shape[-1]
+            parts["scale"].dtype in ("F8_E8M0", "U8")
+            and tuple(16 * n for n in parts["scale"].shape[-1:]) == parts["weight"].shape[-1:]
         ),
     ),
     "int8": Format(
@@ -197,7 +200,7 @@ FORMATS = {
         {"weight": (".qweight",), "zero": (".qzeros",), "scale": (".scales",)},
         ("I32",),
         _awq_shape,
-        fits=lambda parts, settings: parts["weight"].shape[1] * 8 == parts["scale"].shape[1],
+        fits=lambda parts, settings: tuple(8 * n for n in parts["weight"].shape[1:]) == parts["scale"].shape[1:],
     ),
     "hqq": Format(
         unpack.hqq,
@@ -241,7 +244,7 @@ FORMATS = {
         _same,
         optional=("zero", "pre"),
         fits=lambda parts, settings: (
-            (math.prod(parts["scale"].shape) == 1 or parts["scale"].shape[0] == parts["weight"].shape[0])
+            (math.prod(parts["scale"].shape) == 1 or parts["scale"].shape[:1] == parts["weight"].shape[:1])
             and _is_torchao(parts, "Int8Tensor", "IntxUnpackedToInt8Tensor")
         ),
     ),
@@ -309,12 +312,20 @@ def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, re
     with ThreadPoolExecutor(SMALL_READS) as pool:  # each is a round trip where the file is far away
         told = dict(zip(asking, pool.map(lambda name: _shape(found[name], read), asking), strict=True))
     shapes = {name: told[name] if name in told else _shape(parts, read) for name, parts in found.items()}
-    return tuple(_weight(*found[name], shapes[name]) if name in found else _alone(t) for name, t in by_name.items())
+    return tuple(_weight(*found[name], *shapes[name]) if name in found else _alone(t) for name, t in by_name.items())
 
 
-def _shape(found: tuple[str, str, Parts], read: Read) -> tuple[int, ...]:
+def _shape(found: tuple[str, str, Parts], read: Read) -> tuple[tuple[int, ...], str]:
+    """The weight's shape, or that of its largest tensor and why it has none."""
     layout, _, parts = found
-    return FORMATS[layout].shape(parts, read)
+    try:
+        return FORMATS[layout].shape(parts, read), ""
+    except (ValueError, LookupError) as error:
+        return parts["weight"].shape, _misfit(layout, error)
+
+
+def _misfit(layout: str, error: Exception) -> str:
+    return f"its {layout} tensors do not fit together ({str(error).splitlines()[0]})"
 
 
 def _parts(stem: str, layout: Format, by_name: dict[str, TensorRef]) -> Parts:
@@ -323,10 +334,9 @@ def _parts(stem: str, layout: Format, by_name: dict[str, TensorRef]) -> Parts:
     return {key: tensor for key, tensor in present.items() if tensor is not None}
 
 
-def _weight(layout: str, name: str, parts: Parts, shape: tuple[int, ...]) -> Weight:
-    return Weight(
-        name, shape, parts["weight"].dtype, layout, tuple(parts[key] for key in FORMATS[layout].parts if key in parts)
-    )
+def _weight(layout: str, name: str, parts: Parts, shape: tuple[int, ...], unread: str) -> Weight:
+    tensors = tuple(parts[key] for key in FORMATS[layout].parts if key in parts)
+    return Weight(name, shape, parts["weight"].dtype, layout, tensors, unread=unread)
 
 
 def _alone(tensor: TensorRef) -> Weight:
@@ -349,5 +359,5 @@ def unpack_weight(layout: str, tensors: tuple[TensorRef, ...], read: Read) -> Un
         parts["shape"] = _declared_shape({"weight": tensors[0]})
     try:
         return known.unpack(**parts)
-    except (RuntimeError, LookupError) as error:
-        raise ValueError(f"its {layout} tensors do not fit together ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise ValueError(_misfit(layout, error)) from None

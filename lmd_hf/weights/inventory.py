@@ -166,6 +166,8 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
     companion = _companion_of(weight, context)
     if companion is not None:
         return _skip(weight, f"companion of {companion}")
+    if weight.unread:
+        return _skip(weight, weight.unread)
     if place.kind == "vector":
         return _skip(weight, "vector")
     if place.kind == "ignored":

@@ -2,6 +2,7 @@
 out; and the base with the updates added."""
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -12,17 +13,25 @@ from torch import Tensor
 
 from lmd_hf.errors import SourceError
 from lmd_hf.records import Factored, Inventory, LowRank, MatrixRef, TensorRef, Weight
+from lmd_hf.weights.grids import real
 
 
 ROOT = "base_model.model."  # PEFT's wrapper around the model
 ENDS = re.compile(r"^(.*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
 READ = "LORA"
+USUAL = 8  # PEFT's own lora_alpha and r
+LARGEST_RANK = 2**31
+MOST_REPEATS = 3  # in a pattern: matching costs some (length of the path)^repeats, and more where groups are repeated
+REPEATS = re.compile(r"(?<!\()[*+?{]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
 Piece = tuple[str, tuple[int, ...]]
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What adapter_config.json tells of the pairs."""
+    """What adapter_config.json tells of the pairs. `parameters` are the ends of the names of parameters that have pairs
+    of their own, perhaps one for every expert."""
 
     kind: str
     base: str | None
@@ -30,22 +39,28 @@ class Adapter:
     alpha: float
     rank: int
     square_root: bool
-    alphas: dict[str, float]
-    ranks: dict[str, int]
+    alphas: Patterns
+    ranks: Patterns
+    parameters: tuple[str, ...]
 
-    def scale(self, path: str) -> float:
+    def scale(self, name: str) -> float:
         """α/r, or α/√r where rsLoRA says so (Kalajdzievski 2023, eq. 6), with the module's own α and r."""
-        alpha, rank = self._own(self.alphas, path, self.alpha), self.rank_of(path)
+        alpha, rank = self._own(self.alphas, name, self.alpha), self.rank_of(name)
         return float(alpha / math.sqrt(rank) if self.square_root else alpha / rank)
 
-    def rank_of(self, path: str) -> int:
-        """r of the pair at a module's path."""
-        return int(self._own(self.ranks, path, self.rank))
+    def rank_of(self, name: str) -> int:
+        """r of the pair of a module or of a parameter."""
+        return int(self._own(self.ranks, name, self.rank))
+
+    def parameters_of(self, path: str) -> list[str]:
+        """The parameters of a module that may have pairs, as PEFT's `_inject_parameters` names them."""
+        ends = (end.rpartition(".") for end in self.parameters)
+        return [f"{path}.{leaf}" for module, _, leaf in ends if f".{path}".endswith(f".{module or 'experts'}")]
 
     @staticmethod
-    def _own(patterns: dict[str, Any], path: str, usual: float) -> float:
-        """The first pattern that fits the end of a path, as `peft.utils.get_pattern_key` looks it up."""
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), usual)
+    def _own(patterns: Patterns, name: str, usual: float) -> float:
+        """The first pattern that fits the end of a name, as `peft.utils.get_pattern_key` looks it up."""
+        return next((value for pattern, value in patterns if pattern.match(name)), usual)
 
 
 def is_adapter(config: dict[str, Any] | None) -> bool:
@@ -54,20 +69,56 @@ def is_adapter(config: dict[str, Any] | None) -> bool:
 
 
 def read_adapter(config: dict[str, Any]) -> Adapter:
-    """The adapter's configuration; `SourceError` if a number in it is none."""
+    """The adapter's configuration; `SourceError` if a number in it is none, or a pattern cannot be matched in time."""
+    kind = str(config["peft_type"])
+    told = (
+        config if kind == READ else {}
+    )  # other kinds mean other things by the same names: an OFT adapter's r may be 0
     try:
         return Adapter(
-            kind=str(config["peft_type"]),
-            base=config.get("base_model_name_or_path"),
-            revision=config.get("revision"),
-            alpha=float(config.get("lora_alpha") or 8),  # PEFT's own defaults
-            rank=int(config.get("r") or 8),
-            square_root=bool(config.get("use_rslora")),
-            alphas={str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
-            ranks={str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()},
+            kind=kind,
+            base=_text(config, "base_model_name_or_path"),
+            revision=_text(config, "revision"),
+            alpha=_alpha(told.get("lora_alpha")),
+            rank=_rank(told.get("r")),
+            square_root=bool(told.get("use_rslora")),
+            alphas=_patterns(told.get("alpha_pattern"), _alpha),
+            ranks=_patterns(told.get("rank_pattern"), _rank),
+            parameters=tuple(map(str, told.get("target_parameters") or ())),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, re.error) as error:
         raise SourceError(f"adapter_config.json: {error}; save the adapter again") from None
+
+
+def _text(config: dict[str, Any], key: str) -> str | None:
+    if not isinstance(value := config.get(key), str | None):
+        raise TypeError(f"{key} is {value!r}, no text")
+    return value
+
+
+def _alpha(value: Any) -> float:
+    alpha = float(USUAL if value is None else value)
+    if not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha is {alpha}")
+    return alpha
+
+
+def _rank(value: Any) -> int:
+    rank = operator.index(USUAL if value is None else value)
+    if not 0 < rank < LARGEST_RANK:
+        raise ValueError(f"r is {rank}, and no rank")
+    return rank
+
+
+def _patterns(values: Any, read: Callable[[Any], float]) -> Patterns:
+    return tuple((_pattern(str(key)), read(value)) for key, value in dict(values or {}).items())
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    """A pattern for the ends of names. One that may take for ever is refused: the file may be anybody's."""
+    if REPEATED_GROUP.search(key) or len(REPEATS.findall(key)) > MOST_REPEATS:
+        raise ValueError(f"the pattern '{key}' repeats too much to be matched in time")
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def adapter_note(config: dict[str, Any]) -> str:
@@ -105,10 +156,23 @@ def list_adapter_weights(tensors: Iterable[TensorRef], config: dict[str, Any]) -
     )
 
 
+def _fitted(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> tuple[float, int, str]:
+    """(s, experts, what is wrong) of a pair. Its rank is the configuration's r, times the experts where its module has
+    parameters with pairs; which of them it belongs to is not stored, so that all must have one s and r."""
+    parameters = adapter.parameters_of(path.replace(".base_layer", ""))
+    told = {(adapter.scale(name), adapter.rank_of(name)) for name in parameters or [path]}
+    scale, rank = min(told)
+    experts = max(1, a.shape[0] // rank) if parameters else 1
+    if len(told) == 1 and a.shape[0] == experts * rank == b.shape[1] == math.prod(b.shape[1:]):
+        return scale, experts, ""
+    shapes = " and ".join(" × ".join(map(str, tensor.shape)) for tensor in (a, b))
+    ranks = " or ".join(str(r) for _, r in sorted(told))
+    return scale, 1, f"its factors A and B are {shapes}, and r is {ranks} in adapter_config.json"
+
+
 def _weight(adapter: Adapter, path: str, a: TensorRef, b: TensorRef, magnitude: TensorRef | None) -> Weight:
-    rank = adapter.rank_of(path)
-    experts = a.shape[0] // rank if len(a.shape) == 2 and a.shape[0] > rank and a.shape[0] % rank == 0 else 1
-    low_rank = LowRank(b, a, adapter.scale(path), magnitude, experts)
+    scale, experts, unfit = _fitted(adapter, path, a, b)
+    low_rank = LowRank(b, a, scale, magnitude, experts, unfit)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     tensors = (a, b) if magnitude is None else (a, b, magnitude)
     path = path.removesuffix(".base_layer")  # of nested wrappers around one module
@@ -117,8 +181,11 @@ def _weight(adapter: Adapter, path: str, a: TensorRef, b: TensorRef, magnitude: 
 
 def read_factors(pair: LowRank, expert: int | None, read: Callable[[TensorRef], Tensor]) -> Factored:
     """B (O × r) and A (r × I) of one pair, of one expert where experts' factors lie in one tensor (PEFT's
-    `ParamWrapper`: A in blocks of r rows, B's columns in turn)."""
-    a, b = read(pair.right), read(pair.left)
+    `ParamWrapper`: A in blocks of r rows, B's columns in turn). `ValueError` where they are not what the adapter's
+    configuration says."""
+    if pair.unfit:
+        raise ValueError(pair.unfit)
+    a, b = real(read(pair.right), "A"), real(read(pair.left), "B")
     a_RI, b_OR = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     if expert is not None and pair.experts > 1:
         rank = a_RI.shape[0] // pair.experts
@@ -139,6 +206,7 @@ def updated(w_OI: Tensor, update: Factored, magnitude: Tensor | None) -> Tensor:
     whole = w_OI.to(torch.float64) + multiplied(update)
     if magnitude is None:
         return whole
+    magnitude = real(magnitude, "magnitude")
     if magnitude.numel() != len(whole):
         raise ValueError(f"the adapter's magnitude has {magnitude.numel()} entries")
     lengths = torch.linalg.vector_norm(whole, dim=1, keepdim=True)
@@ -150,9 +218,9 @@ def stored_pieces(stored: str, low_rank: LowRank | None, name: str, shape: tuple
     if stored != "lora" or low_rank is None:
         return [(name, shape)]
     sharing = low_rank.experts if len(shape) == 2 else 1
-    (rank, *inputs), outputs = low_rank.right.shape, low_rank.left.shape[0]
-    rank //= sharing
-    return [(low_rank.right.name, (rank, math.prod(inputs))), (low_rank.left.name, (outputs, rank))]
+    (rows, *inputs), (outputs, *columns) = low_rank.right.shape, low_rank.left.shape
+    right, left = (rows // sharing, math.prod(inputs)), (outputs, math.prod(columns) // sharing)
+    return [(low_rank.right.name, right), (low_rank.left.name, left)]
 
 
 def merge(base: Inventory, adapter: tuple[Weight, ...], names: dict[str, str]) -> Inventory:

@@ -158,11 +158,13 @@ class FileSource:
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads just those bytes (no mapping, so memory in use is the slice itself); of a pickle, a mapped slice; of
-        a type that torch does not have, the bytes of each row."""
+        ggml's blocks, the bytes of each row. `ValueError` for other types that torch computes nothing with."""
         if tensor.unread:
             raise NoDataError(tensor.unread)
         if tensor.file in self.pickles:
             return self.pickles[tensor.file].read(tensor.name).reshape(tensor.shape)[start:stop]
+        if tensor.dtype not in TORCH_DTYPES and not tensor.file.endswith(".gguf"):
+            raise ValueError(f"'{tensor.name}' is stored as {tensor.dtype}, which is not read")
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         key = tensor, start, stop
@@ -170,7 +172,7 @@ class FileSource:
             return known
         value = None if self.ahead is None else self.ahead.take(key)
         if value is None:
-            value = self._read(tensor, start, stop, (tensor.stop - tensor.start) // rows)
+            value = self._read(tensor, start, stop, (tensor.stop - tensor.start) // max(1, rows))
         if self.memory.room and not self.on_disk(tensor.file):
             self.memory.keep(key, value)
         return value

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmd_hf.records import Factored, LowRank, MatrixRef, NormRef, TensorRef
+from lmd_hf.records import Factored, LowRank, MatrixRef, TensorRef
 from lmd_hf.weights.formats import unpack_weight
+from lmd_hf.weights.grids import ROUNDOFF, real
 from lmd_hf.weights.lora import multiplied, read_factors, updated
 from lmd_hf.weights.source import Source
-from lmd_hf.weights.unpack import ROUNDOFF, Unpacked
+from lmd_hf.weights.unpack import Unpacked
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,15 @@ def _is_tall(ref: MatrixRef) -> bool:
     return ref.shape[0] >= ref.shape[1]
 
 
-def read_gain(source: Source, norm: NormRef) -> Tensor:
-    """γ, float64, of the norm that feeds a matrix."""
-    return source.read(norm.tensor).to(torch.float64).flatten() + norm.offset
+def read_gain(source: Source, ref: MatrixRef) -> Tensor | None:
+    """γ (I), float64, of the norm that feeds a matrix; `None` where none is known to. `ValueError` if it is not stored
+    as floats, or has another length than the matrix's input."""
+    if ref.norm is None:
+        return None
+    gain = real(source.read(ref.norm.tensor), "norm gain").to(torch.float64).flatten() + ref.norm.offset
+    if len(gain) != ref.shape[1]:
+        raise ValueError(f"its input has {ref.shape[1]} entries, the norm gain '{ref.norm.tensor.name}' {len(gain)}")
+    return gain
 
 
 def _read_low_rank(source: Source, ref: MatrixRef, pair: LowRank) -> Stored:

@@ -14,21 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmd_hf.weights.grids import (
+    ROUNDOFF,
+    beside,
+    exponent_or_float,
+    grid_shape,
+    in_order,
+    in_rows,
+    nibbles,
+    real,
+    sizes,
+    spread,
+    unpack_bits,
+)
 
-ROUNDOFF = {  # half the distance of neighbouring values, relative to the value: 2⁻¹⁻ᵇ with b bits of mantissa
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-    torch.float8_e4m3fn: 2.0**-4,
-    torch.float8_e4m3fnuz: 2.0**-4,
-    torch.float8_e5m2: 2.0**-3,
-    torch.float8_e5m2fnuz: 2.0**-3,
-}
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP Microscaling Formats 1.0, §5.3.3: one sign bit, then these
 E2M1_ROUNDOFF = 2.0**-2
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds column 0, 1, … of eight (AutoAWQ, WQLinear_GEMM)
-CHUNK = 2**21  # codes unpacked at a time where each needs eight bytes of room
+HQQ_PLANES = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # codes a word, by their bits
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def plain(weight: Tensor) -> Unpacked:
 
 def scaled_float(weight: Tensor, scale: Tensor) -> Unpacked:
     """W = q · s, q an 8-bit float, s one number, one a row, or one a block (transformers' `Fp8Dequantize`)."""
-    scales = spread(exponent_or_float(scale), weight.shape, _tile)
+    scales = spread(exponent_or_float(scale), weight.shape)
     return Unpacked(weight.float() * scales, roundoff=ROUNDOFF[weight.dtype])
 
 
@@ -59,7 +63,9 @@ def scaled_int(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Unp
 
 def bitsandbytes_int8(weight: Tensor, scale: Tensor) -> Unpacked:
     """W = q · SCB / 127 with SCB the largest |W| of every row (LLM.int8(), Dettmers et al. 2022)."""
-    return affine(weight.float(), scale.float()[:, None] / 127)
+    if scale.shape != weight.shape[:1]:
+        raise ValueError(f"SCB has shape {tuple(scale.shape)} for {len(weight)} rows")
+    return affine(weight.float(), real(scale).float()[:, None] / 127)
 
 
 def bitsandbytes_4bit(
@@ -73,20 +79,47 @@ def bitsandbytes_4bit(
     """W = code[q] · absmax of q's block, over W flattened; with double quantisation absmax is itself stored so, less
     its mean (QLoRA, Dettmers et al. 2023). The higher half of a byte comes first."""
     facts = quant_state(state)
+    packed, count = weight.flatten().view(torch.uint8), math.prod(facts["shape"])
+    if (absmax.dtype == torch.uint8) != (nested_absmax is not None and nested_code is not None):
+        raise ValueError("absmax is stored in bytes where it is quantised itself, and only there")
     if nested_absmax is not None and nested_code is not None:
-        blocks = nested_absmax.float().repeat_interleave(facts["nested_blocksize"])[: absmax.numel()]
-        absmax = nested_code.float()[absmax.flatten().long()] * blocks + facts["nested_offset"]
-    count = math.prod(facts["shape"])
-    packed = weight.flatten().view(torch.uint8)
-    index = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:count].int()
-    scale = absmax.float().repeat_interleave(facts["blocksize"])[:count]
-    values = (code.float()[index] * scale).reshape(facts["shape"])
-    return Unpacked(values, half_step=(_half_gaps(code.float())[index] * scale).reshape(facts["shape"]))
+        blocks = _blockwise(nested_absmax, facts["nested_blocksize"], absmax.numel())
+        absmax = _codebook(nested_code, 256)[absmax.flatten().long()] * blocks + facts["nested_offset"]
+    if len(packed) != -(-count // 2):
+        raise ValueError(f"{len(packed)} bytes hold {facts['shape']} of two a byte")
+    values, codes = _codebook(code, 16), torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:count].int()
+    scale = _blockwise(absmax, facts["blocksize"], count)
+    return Unpacked(
+        (values[codes] * scale).reshape(facts["shape"]),
+        half_step=(_half_gaps(values)[codes] * scale).reshape(facts["shape"]),
+    )
+
+
+def _codebook(code: Tensor, size: int) -> Tensor:
+    if code.shape != (size,):
+        raise ValueError(f"a codebook has shape {tuple(code.shape)}, not {size} values")
+    return real(code, "codebook").float()
+
+
+def _blockwise(scale: Tensor, size: int, count: int) -> Tensor:
+    """The scale of each of `count` values, `size` of which share one; the last block may be cut."""
+    if scale.numel() != -(-count // size):
+        raise ValueError(f"{scale.numel()} scales for {count} values in blocks of {size}")
+    return real(scale).flatten().float().repeat_interleave(size)[:count]
 
 
 def quant_state(state: Tensor) -> dict[str, Any]:
-    """bitsandbytes' packed JSON: shape, blocksize and, with double quantisation, nested_blocksize and nested_offset."""
-    return json.loads(bytes(state.flatten().view(torch.uint8).tolist()))
+    """bitsandbytes' packed JSON: shape, blocksize and, with double quantisation, nested_blocksize and nested_offset.
+    `ValueError` if it is none."""
+    try:
+        facts = json.loads(bytes(state.flatten().view(torch.uint8).tolist()))
+        found = {"shape": sizes(facts["shape"]), "blocksize": sizes([facts["blocksize"]])[0]}
+        if "nested_blocksize" in facts:
+            found["nested_blocksize"] = sizes([facts["nested_blocksize"]])[0]
+            found["nested_offset"] = float(facts["nested_offset"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise ValueError("no state of bitsandbytes") from None
+    return found
 
 
 def packed_int(
@@ -98,12 +131,12 @@ def packed_int(
 ) -> Unpacked:
     """compressed-tensors `pack-quantized`: W = (q − z) · s, q and z offset by 2ᵇ⁻¹ and packed bit by bit into 32-bit
     words, q along rows and z along columns; b follows from the shapes."""
-    rows, columns = shape.tolist()
+    rows, columns = sizes(shape.tolist())
     bits = weight.shape[-1] * 32 // columns
     half = 2 ** (bits - 1)
     if zero is not None and zero.dtype == torch.int32:
         zero = unpack_bits(zero.T, bits, rows).T - half
-    return affine(unpack_bits(weight, bits, columns) - half, scale, zero, _in_order(g_idx))
+    return affine(unpack_bits(weight, bits, columns) - half, scale, zero, g_idx)
 
 
 def gptq(weight: Tensor, zero: Tensor, scale: Tensor, g_idx: Tensor | None = None) -> Unpacked:
@@ -118,11 +151,18 @@ def gptq_v2(weight: Tensor, zero: Tensor, scale: Tensor, g_idx: Tensor | None = 
 
 
 def _gptq(weight: Tensor, zero: Tensor, scale: Tensor, g_idx: Tensor | None, *, offset: int) -> Unpacked:
-    rows = scale.shape[1]
-    bits = zero.shape[1] * 32 // rows
-    columns = weight.shape[0] * 32 // bits if g_idx is None else g_idx.shape[0]
+    rows, columns, bits = gptq_sizes(weight.shape, zero.shape, scale.shape)
     zeros_GO = (unpack_bits(zero, bits, rows) + offset) % 2**bits
-    return affine(unpack_bits(weight.T, bits, columns), scale.T, zeros_GO.T, _in_order(g_idx))
+    return affine(unpack_bits(weight.T, bits, columns), scale.T, zeros_GO.T, g_idx)
+
+
+def gptq_sizes(weight: Sequence[int], zero: Sequence[int], scale: Sequence[int]) -> tuple[int, int, int]:
+    """(rows, columns, bits) of W from the shapes of its parts; `ValueError` where they are not of one matrix."""
+    (words, rows), (groups, width) = weight, zero
+    bits = width * 32 // max(1, rows)
+    if not 0 < bits <= 8 or width * 32 != rows * bits or words * 32 % bits or (groups, rows) != tuple(scale):
+        raise ValueError(f"{weight}, {zero} and {scale} are no words, zeros and scales of one matrix")
+    return rows, words * 32 // bits, bits
 
 
 def awq(weight: Tensor, zero: Tensor, scale: Tensor) -> Unpacked:
@@ -139,12 +179,14 @@ def _awq_columns(packed: Tensor) -> Tensor:
 def fp4(weight: Tensor, scale: Tensor, divisor: Tensor | None = None, factor: Tensor | None = None) -> Unpacked:
     """W = e2m1[q] · s of q's group along the input, two q a byte, the lower half first: MXFP4 (s a power of two) and
     NVFP4 (s an 8-bit float, over the tensor's `divisor` or times its `factor`)."""
-    values = _e2m1(weight)
-    scales = exponent_or_float(scale)
+    values, scales = _e2m1(weight), exponent_or_float(scale)
+    size = 32 if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) else 16
+    if scales.shape != (*values.shape[:-1], values.shape[-1] // size):
+        raise ValueError(f"{tuple(scales.shape)} are no scales for groups of {size} in {tuple(values.shape)}")
     if divisor is not None:
-        scales = scales / divisor.float()
+        scales = scales / spread(real(divisor).float(), torch.Size())
     if factor is not None:
-        scales = scales * factor.float()
+        scales = scales * spread(real(factor).float(), torch.Size())
     return Unpacked(values * spread(scales, values.shape), roundoff=E2M1_ROUNDOFF)
 
 
@@ -164,22 +206,26 @@ def bitnet(weight: Tensor, scale: Tensor) -> Unpacked:
 def hqq(weight: Tensor, scale: Tensor, zero: Tensor, shape: Tensor, bits: Tensor) -> Unpacked:
     """W = (q − z) · s reshaped to (O, I), q unpacked by planes: the first rows hold the highest bits (HQQ, `BitPack`).
     Scale and zero have one entry for every row or column of q."""
-    count = int(bits)
-    planes = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}[count]
+    (count,), outer = sizes([bits.item()]), sizes(shape.tolist())
+    planes = HQQ_PLANES[count]
     codes = torch.cat([(weight >> (count * (planes - 1 - plane))) & (2**count - 1) for plane in range(planes)])
-    sizes = shape.tolist()
-    codes = codes[: math.prod(sizes) // codes.shape[1]]  # ten planes may leave rows that nothing fills
-    unpacked = affine(codes.float(), scale, zero)
+    height = math.prod(outer) // codes.shape[1]
+    if height * codes.shape[1] != math.prod(outer) or len(weight) != -(-height // planes):
+        raise ValueError(f"{tuple(weight.shape)} words do not hold {outer} in {count} bits")
+    codes = codes[:height]  # ten planes may leave rows that nothing fills
+    if scale.shape not in ((height, 1), (1, codes.shape[1])):
+        raise ValueError(f"{tuple(scale.shape)} are no scales for the rows or columns of {tuple(codes.shape)}")
+    unpacked = affine(codes.float(), scale, real(zero, "zero"))
     steps = (scale.float().abs() / 2).expand(codes.shape)
-    return Unpacked(unpacked.values.reshape(sizes), half_step=steps.reshape(sizes))
+    return Unpacked(unpacked.values.reshape(outer), half_step=steps.reshape(outer))
 
 
 def torchao_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Unpacked:
     """torchao's `Int4Tensor`: W = q · s + z with signed q (O, I/2), two a byte, the lower half first; s and z (G, O),
     z in the units of W (`int4_row_quantize_zp` of FBGEMM)."""
     codes = (nibbles(weight) ^ 8).float() - 8
-    values = codes * spread(scale.float().T, codes.shape) + spread(zero.float().T, codes.shape)
-    return Unpacked(values, half_step=scale.float().T.abs() / 2)
+    scaled = affine(codes, scale.T)
+    return Unpacked(scaled.values + spread(beside(real(zero, "zero"), scale).float().T, codes.shape), scaled.half_step)
 
 
 def torchao_int4_words(weight: Tensor, scale: Tensor, zero: Tensor) -> Unpacked:
@@ -198,7 +244,7 @@ def torchao_int4_tiles(weight: Tensor, scale_zero: Tensor, shape: Sequence[int])
     codes = unpack_bits(weight.reshape(-1, words), 4, 8 * words)
     codes = codes.reshape(tiles, blocks, lanes // 4, 4, words, 2, 2, 2)  # … row, pair, word, parity, tile, half
     codes = codes.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(8 * tiles, 32 * words * blocks)
-    scales, zeros = (spread(grid, codes.shape) for grid in scale_zero.float().permute(2, 1, 0))
+    scales, zeros = (spread(grid, codes.shape) for grid in real(scale_zero).float().permute(2, 1, 0))
     rows, columns = shape
     values = (codes - 8) * scales + zeros
     return Unpacked(values[:rows, :columns], half_step=(scales.abs() / 2).expand(codes.shape)[:rows, :columns])
@@ -223,112 +269,39 @@ def fed_by(unpack: Callable[..., Unpacked]) -> Callable[..., Unpacked]:
         found = unpack(**parts)
         if pre is None:
             return found
-        step, columns = found.half_step, pre.double().abs()
+        step, columns = found.half_step, spread(real(pre, "factor").double()[None], found.values.shape)
         if step is not None:
-            step = spread(step, found.values.shape) * columns
-        return Unpacked(found.values.double() * pre.double(), step, found.roundoff)
+            step = spread(step, found.values.shape) * columns.abs()
+        return Unpacked(found.values.double() * columns, step, found.roundoff)
 
     return scaled
 
 
 def weight_norm(weight: Tensor, gain: Tensor) -> Unpacked:
-    """W = g · v/‖v‖, the norm over every axis along which g has one entry (Salimans & Kingma 2016, eq. 2)."""
-    axes = [axis for axis, size in enumerate(gain.shape) if size == 1 and weight.shape[axis] > 1]
-    length = torch.linalg.vector_norm(weight.double(), dim=axes, keepdim=True)
-    return Unpacked(weight.double() * (gain.double() / length), roundoff=ROUNDOFF[weight.dtype])
+    """W = g · v/‖v‖, the norm over every axis but the one along which g has as many entries as v, or over all where g
+    is a number (Salimans & Kingma 2016, eq. 2; torch's `weight_norm`, whose g has as many axes as v)."""
+    axes = range(weight.ndim)
+    shapes = {axis: tuple(size if other == axis else 1 for other in axes) for axis, size in enumerate(weight.shape)}
+    along = next((axis for axis, shape in shapes.items() if shape == tuple(gain.shape)), None)
+    if along is None and gain.ndim:
+        raise ValueError(f"a gain of shape {tuple(gain.shape)} belongs to no axis of {tuple(weight.shape)}")
+    length = torch.linalg.vector_norm(weight.double(), dim=[axis for axis in axes if axis != along], keepdim=True)
+    return Unpacked(weight.double() * (real(gain, "gain").double() / length), roundoff=ROUNDOFF[weight.dtype])
 
 
 # --- what the formats share --------------------------------------------------------------------------------------
 
 
 def affine(codes: Tensor, scale: Tensor, zero: Tensor | None = None, order: Tensor | None = None) -> Unpacked:
-    """(q − z) · s with scale and zero on a grid; `order` gives the grid's column of every column of q instead."""
-    codes, scale = codes.float(), scale.float()
-    step = scale
-    if order is not None:
-        scale, zero = scale[:, order], zero if zero is None else zero[:, order]
+    """(q − z) · s with scale and zero on one grid; `order` gives the grid's column of every column of q instead, where
+    it is set."""
+    codes, scale = codes.float(), real(scale).float()
+    step, zero = scale, zero if zero is None else beside(zero, scale).float()
+    if order is not None and (columns := in_order(order, codes.shape[1], scale.shape[-1])) is not None:
+        scale, zero = scale[:, columns], zero if zero is None else zero[:, columns]
     if zero is not None:
-        codes = codes - spread(zero.float(), codes.shape)
-    return Unpacked(
-        codes * spread(scale, codes.shape), half_step=step.abs().reshape(_grid_shape(step, codes.shape)) / 2
-    )
-
-
-def spread(grid: Tensor, shape: torch.Size, block: Callable[[int, int], int] | None = None) -> Tensor:
-    """A grid of scales over an array of `shape`, every entry repeated over its block (`block` tells its length)."""
-    grid = grid.reshape(_grid_shape(grid, shape))
-    for axis, size in enumerate(shape):
-        count = grid.shape[axis]
-        if count not in (1, size):
-            grid = grid.repeat_interleave((block or _group)(size, count), dim=axis).narrow(axis, 0, size)
-    return grid
-
-
-def _group(size: int, count: int) -> int:
-    """Groups are equal. `ValueError` where they cannot be."""
-    if size % count:
-        raise ValueError(f"{count} scales along an axis of {size} is no known layout")
-    return size // count
-
-
-def _tile(size: int, count: int) -> int:
-    """Tiles (the 128 × 128 of fp8) are a power of two, the last one perhaps cut: only one power of two fits."""
-    block = 1 << math.ceil(math.log2(size / count))
-    return block if math.ceil(size / block) == count else _group(size, count)
-
-
-def _grid_shape(grid: Tensor, shape: torch.Size) -> tuple[int, ...]:
-    """The grid's shape with as many axes as the array: one number fits all, one a row stands in the first axis."""
-    if grid.ndim == len(shape):
-        return tuple(grid.shape)
-    return (*grid.shape, *[1] * (len(shape) - grid.ndim))
-
-
-def exponent_or_float(scale: Tensor) -> Tensor:
-    """Scales in float32; a byte is the exponent of a power of two, biased by 127 (E8M0)."""
-    return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
-
-
-def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of every row of 32-bit words, each `bits` wide, lowest bits first, across word ends."""
-    words = words.contiguous()
-    if 8 % bits == 0:
-        packed = words.view(torch.uint8)
-        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
-        return codes.flatten(1)[:, :count].float()
-    starts = torch.arange(count, device=words.device) * bits
-    rows = max(1, CHUNK // count)
-    return torch.cat([_straddling(part, starts, bits) for part in torch.split(words, rows)])
-
-
-def _straddling(words: Tensor, starts: Tensor, bits: int) -> Tensor:
-    wide = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
-    word = starts // 32
-    pair = wide[:, word] | (wide[:, word + 1] << 32)
-    return ((pair >> (starts % 32)) & (2**bits - 1)).float()
-
-
-def _in_order(g_idx: Tensor | None) -> Tensor | None:
-    """The group of every column, `None` where it is absent or not set (a first entry of −1)."""
-    return None if g_idx is None or int(g_idx[0]) < 0 else g_idx.long()
-
-
-def nibbles(packed: Tensor) -> Tensor:
-    """The two halves of every byte, the lower first."""
-    codes = packed.contiguous().view(torch.uint8)
-    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-
-
-def in_rows(scale: Tensor, rows: int, groups: int) -> Tensor:
-    """Scales (rows, groups), also where they lie in the order that Blackwell's tensor cores read: 128 × 4 blocks of
-    them, padded, row 32 a + b of a block as four entries of line b (cuBLAS, 1D block scaling factors layout)."""
-    if tuple(scale.shape) == (rows, groups):
-        return scale
-    high, wide = math.ceil(rows / 128), math.ceil(groups / 4)
-    if scale.numel() != 128 * high * 4 * wide:
-        raise ValueError(f"{scale.numel()} scales for {rows} rows of {groups} groups are no known layout")
-    blocks = scale.reshape(high, wide, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return blocks.reshape(128 * high, 4 * wide)[:rows, :groups]
+        codes = codes - spread(zero, codes.shape)
+    return Unpacked(codes * spread(scale, codes.shape), half_step=step.abs().reshape(grid_shape(step, codes.shape)) / 2)
 
 
 def _e2m1(packed: Tensor) -> Tensor:

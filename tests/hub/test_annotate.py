@@ -12,7 +12,7 @@ import lmd_hf
 from lmd_hf.errors import FormatError, LmdError, SettingsError, SourceError
 from lmd_hf.hub import repository, section
 from lmd_hf.hub.annotate import FIGURE, SUMMARY, annotate
-from lmd_hf.hub.etiquette import TITLE
+from lmd_hf.hub.etiquette import TITLE, opted_out
 
 
 TOKEN, OTHER = "hf_test_token", "hf_other_token"
@@ -112,6 +112,20 @@ def test_opting_out_holds_even_against_force(hub, model):
     for force in (False, True):
         assert annotate(model, how="pull", force=force, token=TOKEN).reason == "its card opts out (lmd: false)"
     assert not [r for r in hub.requests if "cdn" in r[1]]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_out"),
+    [
+        ("lmd: false", True), ('lmd: "false"', True), ("lmd: 'No'", True), ("LMD: off", True), ("{lmd: false}", True),
+        ("lmd: 0", True), ("lmd:\n  false", True), ("tags: [a\nlmd: false # please", True),
+        ('tags: [a\n"lmd": false', True), ("tags: [a\n lmd : 'no'", True), ("tags: [a\r\nlmd: false\r", True),
+        ("lmd: true", False), ("lmd: falsehood", False), ("tags: [lmd]", False), ("tags: [a\nlmd: falsehood", False),
+        ("tags: [a\nfoolmd: false", False), ("x: {lmd: false}", False), ("just text", False),
+    ],
+)  # fmt: skip
+def test_an_opt_out_is_respected_however_it_is_written(metadata, is_out):
+    assert opted_out(f"---\n{metadata}\n---\n# card\n") is is_out
 
 
 def test_somebody_else_with_our_title_is_no_reason_but_with_our_numbers_is(hub, model):

@@ -62,6 +62,9 @@ def test_a_skip_list_and_nothing_at_all(hub, models, tmp_path, capsys):
     assert "on the skip list" in capsys.readouterr().err
     assert run(["annotate"]) == 1
     assert "no model to annotate" in capsys.readouterr().err
+    for limit in ("0", "-3"):
+        assert run(["annotate", "--author", "cli", "--limit", limit]) == 1
+        assert f"limit is {limit}; give 1 or more" in capsys.readouterr().err
 
 
 def test_a_local_card_is_edited_and_edited_again_without_a_change(tmp_path, capsys):
@@ -119,9 +122,10 @@ def test_a_job_reads_what_is_mounted_and_what_has_changed_since_from_the_hub(hub
 
 
 def test_a_job_for_a_model_that_is_not_there_is_one_line(hub, tmp_path, capsys):
-    (tmp_path / "list.txt").write_text("org/nothing")
-    assert run(["job", str(tmp_path / "list.txt")]) == 1
-    assert "org/nothing: no such folder, and no such Hub repository" in capsys.readouterr().err
+    for name, told in (("org/nothing", "no such folder, and no such Hub repository"), ("org/a@b", "not the id")):
+        (tmp_path / "list.txt").write_text(name)
+        assert run(["job", str(tmp_path / "list.txt")]) == 1
+        assert f"{name}: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

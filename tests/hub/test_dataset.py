@@ -63,6 +63,19 @@ def test_a_pull_request_to_somebody_else_s_dataset(hub, reports):
         push_results(reports[1], where, token="hf_third_token")
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda report: push_results(report, "bad name"),
+        lambda _: load_results("bad name"),
+        lambda report: analyze(report.model.id, reuse="bad name"),
+    ],
+)
+def test_what_is_no_id_of_a_dataset_is_one_line(reports, use):
+    with pytest.raises(SourceError, match="bad name: not the id of a repository"):
+        use(reports[0])
+
+
 def test_the_datasets_library_reads_both_configurations(hub, reports, tmp_path):
     import datasets
 

@@ -116,8 +116,8 @@ def test_a_file_that_is_no_queue_is_one_clear_error(tmp_path):
 
 def test_a_list_of_models_is_a_text_file(tmp_path):
     path = tmp_path / "models.txt"
-    path.write_text("# ours\norg/a\n\norg/b  # the second\n")
-    assert listed(path) == ["org/a", "org/b"]
+    path.write_text("# ours\norg/a\n\norg/b  # the second\nhttps://huggingface.co/org/c\n", encoding="utf-8-sig")
+    assert listed(path) == ["org/a", "org/b", "org/c"]
     with pytest.raises(SettingsError, match="one model a line"):
         listed(tmp_path / "none.txt")
 
@@ -146,6 +146,17 @@ def test_a_batch_tells_of_every_model_and_one_error_stops_no_other(hub, save, tm
     assert {e.model: e.state for e in queue.entries()} == {
         names[0]: "done", names[1]: "failed", names[2]: "left", "batch/none": "failed",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["org/m@main", "not a model", "/some/folder", "org/m/tree/main"])
+def test_what_is_no_id_fails_alone_and_leaves_the_queue_usable(hub, save, tmp_path, wrong):
+    names = add_models(hub, save, 2)
+    queue = Queue(tmp_path / "q.sqlite")
+    queue.add([wrong, *names])
+    outcomes = list(work_off(queue, how="pull", token="hf_test_token"))
+    told = f"{wrong}: not the id of a repository on the Hub; write org/name"
+    assert {f"{o.model}: {o.reason}" for o in outcomes if o.status == "failed"} == {told}
+    assert {e.model: e.state for e in queue.entries()} == {wrong: "failed", names[0]: "done", names[1]: "done"}
 
 
 def test_a_dry_batch_writes_nothing(hub, save):

@@ -123,6 +123,11 @@ def test_refusals(server, status, options):
 def test_no_secret_no_server(tmp_path):
     with pytest.raises(SettingsError, match="secret"), serving(Queue(tmp_path / "q"), secret=""):
         pass
+    with (
+        pytest.raises(SettingsError, match="port is 99999999"),
+        serving(Queue(tmp_path / "q"), secret="x", port=99999999),
+    ):
+        pass
 
 
 def test_what_waits_is_worked_off_after_a_restart(tmp_path, monkeypatch):

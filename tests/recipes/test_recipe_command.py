@@ -42,6 +42,19 @@ def test_lora_from_saved_files_and_from_a_tuned_model(capsys, tmp_path, save):
     assert ranks[0] == ranks[1] != ranks[2] == ranks[3]
 
 
+def test_a_saved_report_is_filtered_and_what_it_cannot_follow_is_refused(capsys, tmp_path):
+    analyze(EMBEDDED_ID).save(tmp_path)
+    selection = ("--layers", "0,-1", "--match", "*mlp*", "--json")
+    for way, key in ((("lora", "--budget", 50_000), "target_modules"), (("freeze",), "modules")):
+        told, live = (json.loads(answer(capsys, *way, m, *selection).out)[key] for m in (tmp_path, EMBEDDED_ID))
+        assert told == live
+        assert len(told) == 6
+    for option in (("--metric", "norm"), ("--device", "cpu"), ("--samples", 4), ("--revision", "main")):
+        told = answer(capsys, "lora", tmp_path, "--budget", 50_000, *option, code=1).err
+        assert f"{option[0]} changes nothing" in told
+    assert "leaves no matrix" in answer(capsys, "freeze", tmp_path, "--layers", "99", code=1).err
+
+
 def test_freeze(capsys, tmp_path):
     shown = answer(capsys, "freeze", EMBEDDED_ID, "--share", 0.25)
     patterns = yaml.safe_load(shown.out)["unfrozen_parameters"]

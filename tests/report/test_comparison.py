@@ -86,8 +86,9 @@ def test_json_keeps_512_values_and_parquet_all(wide, tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "lmd-report/1"}', '{"schema": "lmd-compare/1"}'])
 def test_a_file_that_is_no_comparison_is_refused(content, tmp_path):
-    with pytest.raises(FormatError):
-        Comparison.from_json(content)
+    for read, value in ((Comparison.from_json, content), (Comparison.from_dict, [content])):
+        with pytest.raises(FormatError):
+            read(value)
     with pytest.raises(SourceError, match="lmd-hf compare BASE TUNED --out DIR"):
         Comparison.load(tmp_path)
 

@@ -118,6 +118,56 @@ def test_a_file_that_is_no_report_is_refused(content):
         Report.from_json(content)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"effective_rank": "x"}, {"layer": "1"}, {"layer": 1.5}, {"shape": "ab"}, {"shape": [1, 2, 3]}, {"role": None},
+        {"singular_values": ["a"]}, {"singular_values": None}, {"singular_values": [[1.0]]}, {"spectral_norm": None},
+    ],
+)  # fmt: skip
+def test_an_edited_matrix_is_refused(report, damage):
+    values = report.to_dict()
+    values["matrices"][0] |= damage
+    with pytest.raises(FormatError, match="not a complete lmd-report/1 report"):
+        Report.from_dict(values)
+
+
+@pytest.mark.parametrize(("name", "value"), [("settings", None), ("environment", []), ("timing", 1), ("lmd_hf", 3)])
+def test_an_edited_report_is_refused(report, name, value):
+    with pytest.raises(FormatError, match=f"{name} is"):
+        Report.from_dict({**report.to_dict(), name: value})
+    with pytest.raises(FormatError, match="not a report but a list"):
+        Report.from_dict([report.to_dict()])
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n", b"PAR1 damaged PAR1", None]
+)
+def test_a_table_that_came_as_something_else_is_one_line(report, tmp_path, content):
+    import pandas
+
+    report.save(tmp_path)
+    table = tmp_path / "matrices.parquet"
+    if content is None:
+        pandas.DataFrame({"a": [1]}).to_parquet(table)
+    else:
+        table.write_bytes(content)
+    with pytest.raises(FormatError, match=r"matrices.parquet: not the table of these spectra \(.+git lfs pull") as told:
+        Report.load(tmp_path)
+    assert "\n" not in str(told.value)
+    table.unlink()
+    assert Report.load(tmp_path) == report
+
+
+def test_an_earlier_report_s_heads_do_not_stay(report, save, tmp_path):
+    folder = tmp_path / "out"
+    analyze(save("llama"), heads=True).save(folder)
+    assert (folder / "heads.parquet").exists()
+    (folder / "mine.txt").write_text("kept")
+    report.save(folder)
+    assert {p.name for p in folder.iterdir()} == {"report.json", "matrices.parquet", "mine.txt"}
+
+
 def test_a_missing_report_is_named(tmp_path):
     with pytest.raises(SourceError, match="cannot read a report there"):
         Report.load(tmp_path)

@@ -152,7 +152,7 @@ def test_a_live_module_runs_on_token_ids_and_keeps_its_modes(save, tmp_path):
         ("empty.txt", "", "the dataset is empty"),
         ("blank.txt", " \n\n  \n", "the dataset is empty"),
         ("broken.json", "{[", "the dataset cannot be read"),
-        ("absent.txt", None, "no such file; check the path of --dataset"),
+        ("absent.txt", None, "no such file; check the path of the dataset"),
         ("absent/dataset", None, "the dataset cannot be read"),
     ],
 )

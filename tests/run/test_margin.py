@@ -114,6 +114,12 @@ def test_without_an_upper_bound_the_reason_is_there_and_the_estimate_stays():
     [
         ((torch.rand(12, 2), torch.rand(12, 2)), {}, "10 training points; at least 11"),
         ((torch.rand(50, 2), torch.rand(49, 2)), {"held_out": (torch.rand(5, 2), torch.rand(5, 2))}, "its target"),
+        ((torch.rand(50, 2), torch.rand(60, 2)), {}, "50 inputs and 60 targets; each input needs its target"),
+        (
+            (torch.rand(50, 2),) * 2,
+            {"held_out": (torch.rand(5, 2), torch.rand(6, 2))},
+            "5 held-out inputs and 6 targets",
+        ),
         ((torch.rand(50, 2), torch.rand(50, 2)), {"held_out": 1.5}, "between 0 and 1"),
         ((torch.rand(50, 2), torch.rand(50, 2)), {"held_out": (torch.rand(0, 2), torch.rand(0, 2))}, "0 held-out"),
         ((torch.rand(50, 2), torch.rand(50, 3)), {}, "gives 2 numbers a point and the targets have 3"),

@@ -27,6 +27,10 @@ def test_from_the_first_paint_to_a_spectrum_and_back_by_its_link(visit, app):
     page.wait_for_function("() => document.querySelector('.lmd-facts h2')?.innerText === 'layer 1, attention v'")
     assert page.get_by_role("tab", name="Spectrum", exact=True).get_attribute("aria-selected") == "true"
     assert time.perf_counter() - begun < 10
+    page.evaluate("lmdLink({ model: '  org/name ', revision: ' ' })")
+    asked = parse_qs(urlsplit(page.url).query)
+    assert asked["model"] == ["org/name"]
+    assert "revision" not in asked
 
 
 def test_without_a_browser_the_first_answer_comes_before_torch(app):

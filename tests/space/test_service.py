@@ -76,6 +76,18 @@ def test_local_folders_go_by_their_names_alone(minilm):
     assert known.suggest("mini")[0] == "local: minilm"
 
 
+@pytest.mark.parametrize(
+    ("words", "roles"), [("MLP down", {"down"}), ("zzz", set()), ("zzz down", set()), ("(", set())]
+)
+def test_the_table_is_searched_where_rows_without_a_layer_are(words, roles):
+    from actions import table
+
+    report = lmd_hf.analyze(EMBEDDED_ID)
+    assert any(matrix.layer is None for matrix in report.matrices)
+    assert set(table(report, words)["role"]) == roles
+    assert len(table(report)) == len(report.matrices)
+
+
 def test_only_what_is_public_may_be_shared(hub, model_files):
     from catalogue import AskedWrongly, Catalogue
 

@@ -141,7 +141,7 @@ def by_loop(out, kind):
     inner = getattr(model, "module", model)
     refused = list(refusals(model, inner)) if first else []  # a collective in there would wait for ever
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    args = SimpleNamespace(output_dir=str(out), save_strategy="steps")
+    args = SimpleNamespace(output_dir=str(out), save_strategy="steps", load_best_model_at_end=False)
     state = SimpleNamespace(is_world_process_zero=first, global_step=0, max_steps=STEPS, log_history=[])
     callback = LMDCallback(every=1, budget=None)
     callback.on_train_begin(args, state, None, model=model)

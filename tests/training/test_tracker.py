@@ -114,6 +114,21 @@ def test_what_takes_no_gradients_is_measured_once():
         LMDTracker(model.requires_grad_(False))
 
 
+def test_what_is_unfrozen_or_frozen_on_the_way_is_measured_as_long_as_it_moves():
+    model = network()
+    model[0].requires_grad_(False)
+    tracker = LMDTracker(model, every=5, budget=None)
+    train(model, 5, tracker.step)
+    model[0].requires_grad_(True)
+    model[3].requires_grad_(False)
+    train(model, 10, tracker.step)
+    model[0].requires_grad_(False)
+    model[3].requires_grad_(True)
+    train(model, 10, tracker.step)
+    assert [p.step for p in tracker.points if p.name == "0.weight"] == [0, 10, 15, 20]
+    assert [p.step for p in tracker.points if p.name == "3.weight"] == [0, 5, 10, 20, 25]
+
+
 def test_a_peft_model_shows_its_updates(tmp_path):
     model = peft.get_peft_model(make("gpt2"), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"]))
     tracker = LMDTracker(model, budget=None)
@@ -129,6 +144,47 @@ def test_a_peft_model_shows_its_updates(tmp_path):
     last = [point for point in tracker.points if point.step == 1]
     assert sorted(p.spectral_norm for p in last) == pytest.approx(sorted(r.spectral_norm for r in rows), rel=1e-6)
     assert len(last) == 2
+
+
+def lora(model, names, native=False):
+    """The model with adapters of different α on q_proj, all of them active, their factors random."""
+    for number, name in enumerate(names):
+        config = peft.LoraConfig(r=2, lora_alpha=4 + number, target_modules=["q_proj"])
+        if native or number:
+            model.add_adapter(config, name) if native else model.add_adapter(name, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name=name)
+    (model if native else model.base_model).set_adapter(list(names))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("names", [("default",), ("0",), ("self_attn",), ("default", "b")])
+def test_every_active_adapter_shows_its_own_update(names, native):
+    model = lora(make("llama"), names, native)
+    points = LMDTracker(model, budget=None).points
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    norms = {
+        (number, adapter): float(torch.linalg.matrix_norm(layer.get_delta_weight(adapter).double(), 2))
+        for number, layer in enumerate(layers)
+        for adapter in names
+    }
+    assert {p.role for p in points} == {"q"}
+    found = {(p.layer, p.name.partition(":")[0] if ":" in p.name else names[0]): p.spectral_norm for p in points}
+    assert found == pytest.approx(norms, rel=1e-5)
+
+
+def test_an_adapter_that_is_taken_out_ends_no_training():
+    model = lora(make("llama"), ("default", "b"))
+    tracker = LMDTracker(model, every=1, budget=None)
+    model.delete_adapter("b")
+    tracker.step()
+    assert all(name[:2] == "b:" and "in the model no longer" in why for name, why in tracker.skipped.items())
+    assert len(tracker.skipped) == 2
 
 
 def test_a_matrix_that_is_not_finite_is_named_and_the_training_goes_on():

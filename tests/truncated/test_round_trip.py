@@ -115,6 +115,8 @@ def test_the_hub_and_back(hub, small):
     assert smaller.push_to_hub("tester/small", token=hub.token, create_pr=True).pr_num == 1
     smaller.push_to_hub("tester/small", token=hub.token)
     assert LMDModel.from_pretrained("tester/small").truncation == smaller.truncation
+    with pytest.raises(SourceError, match="nope: not the id of a repository"):
+        LMDModel.from_pretrained("./nope")
     with pytest.raises(SourceError, match="no such Hub repository"):
         LMDModel.from_pretrained("tester/none")
 

@@ -8,7 +8,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 import lmd_hf
-from lmd_hf import LMDLinear, decompose, truncate
+from lmd_hf import LMDLinear, cli, decompose, truncate
 from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.matrix.metrics import dense, norm
 from lmd_hf.records import Data
@@ -239,6 +239,21 @@ def test_a_truncated_model_is_merged_before_it_is_truncated_again():
     with pytest.raises(SettingsError, match="hold factors already; merge"):
         truncate(found, rank=4)
     assert truncate(found.merge(), rank=4).truncation.layers[0].energy < 1
+
+
+def test_a_truncated_folder_says_how_to_merge_it(saved, capsys):
+    told = "a truncated model, whose layers hold factors; give the folder that LMDModel.from_pretrained"
+    with pytest.raises(SourceError, match=told):
+        truncate(saved, rank=4)
+    for recipe in (("lora", "--budget", "9000"), ("freeze",)):
+        assert cli.run(["recipe", *recipe, str(saved)]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_factorised_the_commonest_reason_is_told():
+    told = r"query_key_value.weight' is applied by no plain linear layer \(FalconLinear\) \(8 of 9 matrices\)"
+    with pytest.raises(SettingsError, match=told):
+        truncate(models.make("falcon-mqa"), rank=2)
 
 
 def test_a_layer_with_nan_is_named():

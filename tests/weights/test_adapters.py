@@ -165,13 +165,82 @@ def test_unselected_and_broken_pairs_still_add_up(adapter):
     assert reasons.count("the factors hold NaN or infinity") == 2
 
 
+PAIR = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def pair(folder, a, b, **config):
+    """The report of an adapter of one pair, r = 4 and α = 8 unless `config` tells otherwise."""
+    save_file({f"{PAIR}.lora_A.weight": a, f"{PAIR}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return lmd_hf.analyze(folder)
+
+
+def test_an_alpha_of_zero_is_no_update(tmp_path):
+    report = pair(tmp_path, torch.randn(4, 16), torch.randn(24, 4), lora_alpha=0)
+    assert report.matrices[0].spectral_norm == 0
+
+
+FITTING = (torch.ones(4, 16), torch.ones(24, 4))
+MISFITS = {
+    "r is 8": ({"r": 8}, FITTING),
+    "r is 2, and the module has no experts": ({"r": 2}, FITTING),
+    "r is 2 by a pattern": ({"rank_pattern": {"q_proj": 2}}, FITTING),
+    "other experts": ({"r": 2, "target_parameters": ["mlp.experts.down_proj", "gate_up_proj"]}, FITTING),
+    "parameters of two ranks": (
+        {"target_parameters": ["q_proj.a", "q_proj.b"], "rank_pattern": {"q_proj.a": 2}}, FITTING,
+    ),
+    "B of another rank": ({}, (torch.ones(4, 16), torch.ones(24, 2))),
+    "B of 3 × 3": ({}, (torch.ones(4, 3, 2, 2), torch.ones(24, 4, 3, 3))),
+    "nothing": ({}, (torch.zeros(0, 16), torch.zeros(24, 0))),
+    "integers": ({}, (FITTING[0].to(torch.int8), FITTING[1])),
+    "larger than float64": ({"lora_alpha": 1e308}, (1e3 * FITTING[0], FITTING[1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_pair_that_is_not_what_its_configuration_says_is_listed(tmp_path, case):
+    config, (a, b) = MISFITS[case]
+    coverage = pair(tmp_path, a, b, **config).coverage
+    assert (coverage.decomposed, coverage.parameters) == (0, a.numel() + b.numel())
+    assert sum(s.shape[0] * s.shape[1] for s in coverage.skipped) == coverage.parameters
+    assert all(s.reason.startswith(("its factors A and B are", "its A", "the product")) for s in coverage.skipped)
+
+
+def test_a_base_whose_update_does_not_fit_is_listed_too(adapter):
+    folder, base, _ = adapter("llama", target_modules=["q_proj"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8}))
+    report = lmd_hf.analyze(folder, base=base, roles=("q", "k"))
+    assert {m.role for m in report.matrices} == {"k"}
+    assert sum("r is 8 in adapter_config.json" in s.reason for s in report.coverage.skipped) == 2
+
+
+def test_the_rank_of_another_kind_of_adapter_is_its_own(tmp_path):
+    assert len(pair(tmp_path, *FITTING, peft_type="OFT", r=0).matrices) == 2
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"r": 0}, {"r": -4, "use_rslora": True}, {"r": float("inf")}, {"r": 4.7}, {"rank_pattern": {"q_proj": 0}},
+        {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"alpha_pattern": {"*": 4}}, {"rank_pattern": [1]},
+        {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"(([a-z._0-9]+)+)+!": 4}}, {"rank_pattern": {".*.*.*.*!": 4}},
+        {"base_model_name_or_path": 5}, {"base_model_name_or_path": ["x"]}, {"revision": 5},
+    ],
+)  # fmt: skip
+def test_a_broken_configuration_is_one_clear_line(tmp_path, told):
+    with pytest.raises(SourceError, match=r"^adapter_config.json: .*; save the adapter again$"):
+        pair(tmp_path, *FITTING, **told)
+
+
 @pytest.mark.parametrize(
     ("config", "base", "message"),
     [
         ({"peft_type": "LORA", "r": "four"}, None, "save the adapter again"),
         ({"peft_type": "LORA"}, "auto", "names no base model"),
         ({"peft_type": "IA3", "base_model_name_or_path": "x/y"}, "auto", "a IA3 adapter; merge it with peft"),
-        ({"peft_type": "LORA"}, "OTHER", "no pair of the adapter belongs to a matrix of the base"),
+        ({"peft_type": "LORA", "r": 2}, "OTHER", "no pair of the adapter belongs to a matrix of the base"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(tmp_path, config, base, message):

@@ -3,6 +3,7 @@ and compared entry by entry; then the singular values against float64 LAPACK on 
 
 import json
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from safetensors.torch import save_file
 from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, scale_order, tile_order, torchao_int4, two_a_byte
 
 import lmd_hf
-from lmd_hf.errors import FormatError
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_stored
@@ -298,6 +298,12 @@ def test_weight_norm(tmp_path, names):
     assert (ref.role, ref.stored) == ("conv", "weight-norm")
 
 
+def test_a_gain_that_may_belong_to_either_axis_is_refused(tmp_path):
+    tensors = {"m.weight_v": torch.ones(8, 8), "m.weight_g": torch.ones(8)}
+    with pytest.raises(ValueError, match="belongs to no axis"):
+        read(tmp_path, tensors)
+
+
 def test_a_live_module_with_weight_norm_too():
     conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(8, 12, 5), dim=2)
     report = lmd_hf.analyze(torch.nn.Sequential(conv))
@@ -310,7 +316,7 @@ def test_a_live_module_with_weight_norm_too():
     [
         (
             {"qweight": WORDS, "qzeros": torch.zeros(5, OUT // 8, dtype=torch.int32), "scales": torch.ones(5, OUT)},
-            "5 scales along an axis of 256 is no known layout",
+            "(192, 5) scales for (192, 256) values are no known layout",
         ),
         ({"weight": torch.zeros(OUT, IN).to(torch.float8_e4m3fn), "weight_scale": torch.ones(7, 1)}, "no known layout"),
         (
@@ -333,13 +339,127 @@ def test_tensors_that_do_not_fit_together_are_skipped_with_a_reason(tmp_path, te
     assert any(reason in s.reason for s in report.coverage.skipped), report.coverage.skipped
 
 
-def test_a_broken_bitsandbytes_state_is_one_clear_line(tmp_path):
-    tensors = {f"{NAME}.weight": torch.zeros(8, 1, dtype=torch.uint8), f"{NAME}.weight.absmax": torch.ones(1)}
-    tensors[f"{NAME}.weight.quant_map"] = torch.ones(16)
-    tensors[f"{NAME}.weight.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
+def told(state, **changes):
+    """A bitsandbytes state, changed."""
+    return torch.tensor(list(json.dumps({**json.loads(bytes(state.tolist())), **changes}).encode()), dtype=torch.uint8)
+
+
+@lru_cache
+def quantised(layout):
+    """The tensors of one matrix, made once."""
+    return FORMATS[layout](random(OUT, IN))
+
+
+MISFITS = {
+    "fp8, rows": [
+        ("weight_scale", lambda t: t[:96]), ("weight_scale", lambda t: t[:128, 0]), ("weight_scale", lambda t: t[:0]),
+        ("weight_scale", lambda t: t.bool()), ("weight_scale", lambda t: t.int()), ("weight_scale", lambda t: t[None]),
+    ],
+    "int8, rows": [("weight_scale", lambda t: t[:96]), ("weight_scale", lambda t: (10 * t).to(torch.uint8))],
+    "bitsandbytes int8": [("SCB", lambda t: t[:96]), ("SCB", lambda t: t[0]), ("SCB", lambda t: t[:0])],
+    "gptq, 4 bits": [
+        ("scales", lambda t: t[:2]), ("qzeros", lambda t: t[:, :1]), ("qzeros", lambda t: t[:, :0]),
+        ("qzeros", lambda t: torch.cat([t, t[:, : OUT // 16]], 1)), ("qzeros", lambda t: t[0]),
+        ("scales", lambda t: t.flatten()), ("scales", lambda t: t[:, :0]), ("qweight", lambda t: t.flatten()),
+        *(("g_idx", lambda t, g=g: g.int()) for g in (torch.arange(IN // 2) // 64, torch.arange(IN) // 64 - 1,
+                                                      torch.arange(IN) // 64 + 1, torch.zeros(0))),
+    ],
+    "awq": [("qzeros", lambda t: t[:1]), ("qzeros", lambda t: t[:, :4]), ("scales", lambda t: t.flatten())],
+    "compressed-tensors, 4 bits": [
+        *(("weight_shape", lambda t, v=v: torch.tensor(v)) for v in (
+            [OUT, IN // 2], [OUT, 250], [-OUT, IN], [OUT], OUT, [1.0 * OUT, IN], [10**9, 10**9])),
+        ("weight_shape", lambda t: t[:0]), ("weight_scale", lambda t: t.T),
+    ],
+    "nvfp4": [
+        ("weight_scale", lambda t: t[:, :4]), ("weight_scale", lambda t: t[:96]),
+        ("weight_global_scale", lambda t: t.expand(OUT, 1)),
+    ],
+    "mxfp4": [("weight_scale", lambda t: t[:96]), ("weight_scale", lambda t: t.float())],
+    "hqq, 4 bits": [
+        *(("nbits", lambda t, v=v: torch.tensor(v)) for v in (0, 2, 8, 5, [4, 4])),
+        ("scale", lambda t: t[0, 0]), ("zero", lambda t: t[0, 0]), ("zero", lambda t: t.to(torch.uint8)),
+        ("shape", lambda t: t // 2),
+    ],
+    "torchao int4": [("_weight_zero_point", lambda t: t[:2]), ("_weight_zero_point", lambda t: t.char())],
+    "weight norm": [
+        ("parametrizations.weight.original0", lambda t: t[:, 0]),
+        ("parametrizations.weight.original0", lambda t: t[:4]),
+    ],
+    "bitsandbytes nf4, double": [
+        *(("weight.quant_state.bitsandbytes__nf4", lambda t, c=c: told(t, **c)) for c in (
+            {"shape": [OUT, IN // 2]}, {"shape": "ab"}, {"shape": [1.0 * OUT, IN]}, {"shape": None}, {"blocksize": "x"},
+            {"blocksize": 128}, {"blocksize": 0}, {"nested_blocksize": 64}, {"nested_offset": None})),
+        ("weight.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(b"[" * 50_000), dtype=torch.uint8)),
+        ("weight.quant_state.bitsandbytes__nf4", lambda t: t[:0]), ("weight.absmax", lambda t: torch.cat([t, t])),
+        ("weight.quant_map", lambda t: t[:0]), ("weight.quant_map", lambda t: torch.cat([t, t])),
+        ("weight.absmax", lambda t: t.float()),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "part", "change"),
+    [
+        pytest.param(layout, *case, id=f"{layout} {i}")
+        for layout, cases in MISFITS.items()
+        for i, case in enumerate(cases)
+    ],
+)
+def test_a_part_that_does_not_fit_gives_no_number(tmp_path, layout, part, change):
+    if layout.startswith("bitsandbytes nf4"):
+        pytest.importorskip("bitsandbytes.functional")
+    tensors, _ = quantised(layout)
+    tensors = {**tensors, part: change(tensors.get(part))}
+    tensors = {f"{NAME}.{key}": value.contiguous() for key, value in tensors.items()}
+    save_file(tensors | {"other.weight": torch.eye(4)}, tmp_path / "model.safetensors")
+    report = lmd_hf.analyze(tmp_path)
+    assert [m.name for m in report.matrices] == ["other.weight"]
+    counted = sum(math.prod(item.shape) for item in (*report.matrices, *report.coverage.skipped))
+    assert counted == report.coverage.parameters
+
+
+@pytest.mark.parametrize("dtype", ["U16", "F4"])
+def test_scales_and_gains_of_types_that_torch_lacks_are_not_taken_for_bytes(tmp_path, dtype):
+    """A header may call any bytes so: here those of the scale of a matrix, and of the gain that feeds another."""
+    norm = "model.layers.0.input_layernorm.weight"
+    tensors = {
+        f"{NAME}.weight": torch.ones(OUT, IN).to(torch.float8_e4m3fn),
+        f"{NAME}.weight_scale": torch.ones(OUT, 1),
+    }
+    tensors |= {"model.layers.0.self_attn.q_proj.weight": torch.eye(8), norm: torch.ones(8)}
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(FormatError, match="is no bitsandbytes state"):
-        list_matrices(open_source(tmp_path))
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    for name in (f"{NAME}.weight_scale", norm):
+        header[name] |= {
+            "dtype": dtype,
+            "shape": [32 // {"U16": 16, "F4": 4}[dtype] * n for n in header[name]["shape"][:1]],
+        }
+    told = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(told).to_bytes(8, "little") + told + raw[8 + length :])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    report = lmd_hf.analyze(tmp_path, metric="norm")
+    assert report.matrices == ()
+    assert sum(f"is stored as {dtype}, which is not read" in s.reason for s in report.coverage.skipped) == 2
+
+
+@pytest.mark.parametrize("gain", [torch.ones(7), torch.ones(1), torch.ones(0), torch.ones(8, dtype=torch.uint8)])
+def test_a_gain_that_does_not_fit_is_no_metric(tmp_path, gain):
+    tensors = {"model.layers.0.self_attn.q_proj.weight": torch.eye(8), "model.layers.0.input_layernorm.weight": gain}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    report = lmd_hf.analyze(tmp_path, metric="norm")
+    assert report.matrices == ()
+    assert any("gain" in s.reason for s in report.coverage.skipped)
+
+
+def test_blocks_of_three_axes_are_listed(tmp_path):
+    tensors = {"m.experts.w_blocks": torch.zeros(4, 2, 16, dtype=torch.uint8)}
+    tensors["m.experts.w_scales"] = torch.zeros(4, 2, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (reason,) = {s.reason for s in list_matrices(open_source(tmp_path)).skipped if "companion" not in s.reason}
+    assert "its mxfp4 tensors do not fit together" in reason
 
 
 def test_an_unknown_format_is_listed_with_its_method(tmp_path):
