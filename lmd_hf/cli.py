@@ -35,9 +35,7 @@ COMPARED = ("roles", "layers", "match", "device")  # the settings that mean some
 
 def main() -> NoReturn:
     """Run the command in `sys.argv` and end the process with its exit code."""
-    gc.set_threshold(
-        200_000
-    )  # importing torch and transformers makes no garbage: looking for it takes a fifth of the time
+    gc.set_threshold(200_000)  # importing makes no garbage, and looking for it takes a fifth of the time
     signal.signal(signal.SIGINT, interrupt)
     for name in ("stdout", "stderr"):  # which a shell may have closed (`>&-`)
         setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
@@ -51,11 +49,7 @@ def main() -> NoReturn:
 def interrupt(*_: object) -> None:
     """Raise `KeyboardInterrupt`, and end the process soon after if that is lost: Python drops what is raised inside a
     destructor or a weak reference's callback, of which importing makes thousands."""
-
-    def end() -> None:
-        os._exit(_say(INTERRUPTED, EXIT_INTERRUPTED))
-
-    timer = threading.Timer(GRACE_SECONDS, end)
+    timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(_say(INTERRUPTED, EXIT_INTERRUPTED)))
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
