@@ -7,7 +7,6 @@ import errno
 import gc
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -36,10 +35,10 @@ COMPARED = ("roles", "layers", "match", "device")  # the settings that mean some
 
 def main() -> NoReturn:
     """Run the command in `sys.argv` and end the process with its exit code."""
-    gc.set_threshold(
-        200_000
-    )  # importing torch and transformers makes no garbage: looking for it takes a fifth of the time
+    gc.set_threshold(200_000)  # importing makes no garbage, and looking for it takes a fifth of the time
     signal.signal(signal.SIGINT, interrupt)
+    for name in ("stdout", "stderr"):  # which a shell may have closed (`>&-`)
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     code = run()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -50,11 +49,7 @@ def main() -> NoReturn:
 def interrupt(*_: object) -> None:
     """Raise `KeyboardInterrupt`, and end the process soon after if that is lost: Python drops what is raised inside a
     destructor or a weak reference's callback, of which importing makes thousands."""
-
-    def end() -> None:
-        os._exit(_say(INTERRUPTED, EXIT_INTERRUPTED))
-
-    timer = threading.Timer(GRACE_SECONDS, end)
+    timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(_say(INTERRUPTED, EXIT_INTERRUPTED)))
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
@@ -220,10 +215,12 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
     """Every model into a folder of its own below --out, as soon as it is done; one that fails stops no other."""
     from lmd_hf.pipeline import Request, analyze_each
     from lmd_hf.records import Settings
+    from lmd_hf.report.files import is_written
     from lmd_hf.report.report import Report
+    from lmd_hf.run.journal import folder_name
 
     mine = {}
-    folders = [options.out and options.out / re.sub(r"[^\w.-]+", "--", name).strip(".-") for name in options.model]
+    folders = [options.out and options.out / folder_name(name) for name in options.model]
     if options.out is not None and (twice := [name for name, count in Counter(folders).items() if count > 1]):
         raise SettingsError(f"several of the models would be written to {twice[0]}; analyse them one by one")
     factors = [folder / FACTORS for folder in folders] if options.rank > 0 else None
@@ -231,37 +228,36 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
     where = {name: asked.pop(name) for name in WHERE}
     request = Request(Settings(**_chosen_settings(options)), where, **asked)
     for index, outcome in analyze_each(options.model, request, world, factors=factors):
-        if isinstance(outcome, Report) and options.out is not None:
-            _write_report(folders[index], outcome)
-        mine[index] = outcome
+        written = isinstance(outcome, Report) and options.out is not None
+        mine[index] = _written(folders[index], outcome) if written else outcome
     shares = world.gather(mine)
     if world.rank > 0:
         return
     done = {index: outcome for share in shares for index, outcome in share.items()}
-    failed = [f"{options.model[i]}: {error}" for i, error in sorted(done.items()) if isinstance(error, LmdError)]
-    reports = [(options.model[i], report) for i, report in sorted(done.items()) if isinstance(report, Report)]
     if options.out is not None:
-        _write_missing([(folders[i], report) for i, report in sorted(done.items()) if isinstance(report, Report)])
+        reports = [(i, outcome) for i, outcome in done.items() if isinstance(outcome, Report)]
+        done |= {i: _written(folders[i], report) for i, report in reports if not is_written(folders[i], report)}
+    failed = [f"{options.model[i]}: {error}" for i, error in sorted(done.items()) if isinstance(error, LmdError)]
+    named = [(options.model[i], report) for i, report in sorted(done.items()) if isinstance(report, Report)]
     if options.json:
-        print(json.dumps([report.to_dict() for _, report in reports], indent=1, ensure_ascii=False))
+        print(json.dumps([report.to_dict() for _, report in named], indent=1, ensure_ascii=False))
     elif not options.quiet:
-        print("\n\n".join(f"{name}\n{report.summary()}" for name, report in reports))
+        print("\n\n".join(f"{name}\n{report.summary()}" for name, report in named))
     for line in failed:
         _say(f"lmd-hf: {line}")
     if failed:
         raise SourceError(f"{len(failed)} of {len(done)} models failed; the others are done")
-    for _, report in reports:
+    for _, report in named:
         _check_complete(report)
 
 
-def _write_missing(reports: list[tuple[Path, Any]]) -> None:
-    """What another machine has written to a disk that this one does not see."""
-    from lmd_hf.report.files import JSON
-
-    for folder, report in reports:
-        file = folder / JSON
-        if not file.is_file() or file.read_text(encoding="utf-8") != report.to_json():
-            _write_report(folder, report)
+def _written(folder: Path, report: Any) -> Any:
+    """The report, or why it could not be written."""
+    try:
+        _write_report(folder, report)
+    except OutputError as error:
+        return error
+    return report
 
 
 def _finish(report: Any, options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic, 
 from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
+from lmd_hf.run.loading import first_line
 from lmd_hf.run.mlps import measure_mlps
 from lmd_hf.run.plan import make_plan, plan_heads, plan_mlps
 from lmd_hf.run.progress import progress_bar
@@ -34,7 +36,7 @@ from lmd_hf.run.workers import room_ahead
 from lmd_hf.run.world import World
 from lmd_hf.weights.ahead import fetching
 from lmd_hf.weights.families import load_table
-from lmd_hf.weights.identity import with_hashes
+from lmd_hf.weights.identity import marks, with_hashes
 from lmd_hf.weights.inventory import list_by_name, list_matrices
 from lmd_hf.weights.named import names_tell_all
 from lmd_hf.weights.source import FileSource, Source, open_source
@@ -85,7 +87,7 @@ def analyze_one(
             # transformers takes seconds to import: the first matrices overlap it
             ahead = open_files.enter_context(_ahead(source, settings, world, journal))
             inventory, todo = world.together(lambda: _planned(source, settings, world))
-            world.check_same(repr((todo.identity, todo.works)))
+            _check_same(todo, [source] if earlier is None else [source, earlier], world)
             planned = time.perf_counter()
             identity = background.submit(with_hashes, source)  # hashing the files overlaps with the decomposition
             with progress_bar("decomposing", todo.works, world) as progress:
@@ -96,6 +98,7 @@ def analyze_one(
             if isinstance(source, FileSource):
                 source.forget()  # what follows needs other weights alone
         hashed = identity.result()
+        world.check_same({file.name: file.sha256 for file in hashed.files})
     finally:
         background.shutdown(wait=False, cancel_futures=True)
     timing = {"open": opened - started, "plan": planned - opened, **results.timing}
@@ -148,6 +151,8 @@ def analyze_each(
             yield index, analyze_one(models[index], request, World(), folders[index])
         except LmdError as error:
             yield index, error
+        except OSError as error:  # of a disk, in what was read beside the weights
+            yield index, SourceError(first_line(error))
 
 
 def analyze_all(
@@ -193,6 +198,14 @@ def _earlier(model: str | Path | nn.Module | FileSource, source: Source, request
 def _planned(source: Source, settings: Settings, world: World) -> tuple[Inventory, Plan]:
     inventory = list_matrices(source)
     return inventory, make_plan(inventory, source.identity, settings, world.size)
+
+
+def _check_same(todo: Plan, sources: list[Source], world: World) -> None:
+    """`SettingsError` on every rank if they have different work, or different bytes under the same names."""
+    if world.size > 1:
+        world.check_same({"works": repr(todo.works)})
+        for source in sources:
+            world.check_same(world.together(partial(marks, source)))
 
 
 def _compared(before: Source, source: Source, request: Request, world: World) -> Evidence:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmd_hf import cli
+from lmd_hf import cli, pipeline
+from lmd_hf.run.journal import folder_name
 
 
 def run(*arguments, **options):
@@ -249,6 +250,17 @@ def test_a_full_disk_under_stdout_is_no_traceback(save):
     assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+@pytest.mark.parametrize("arguments", ["plan {}", "analyze {} --out {}"])
+def test_a_closed_stream_is_one_that_nobody_reads(save, tmp_path, closed, arguments):
+    command = f"{sys.executable} -m lmd_hf {arguments.format(save('llama'), tmp_path)} {closed}"
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert bool(answer.stdout) == (closed == "2>&-")
+    assert (tmp_path / "report.json").exists() == arguments.startswith("analyze")
+
+
 def test_head_of_a_pipe_is_no_error(save):
     command = f"{sys.executable} -m lmd_hf analyze {save('llama')} --json | head -c 10"
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
@@ -325,3 +337,23 @@ def test_models_that_would_share_a_folder_are_refused(save, tmp_path, capsys):
     code, _, told = call(capsys, "analyze", save("llama"), f"{save('llama')}/.", "--out", tmp_path / "out")
     assert code == 1
     assert "would be written to" in told
+
+
+def test_what_the_disk_refuses_of_one_model_stops_no_other(save, tmp_path, capsys, monkeypatch):
+    models = [save("llama"), save("gpt2"), save("bert")]
+    blocked, unread = (folder_name(str(model)) for model in models[:2])
+    (tmp_path / blocked).write_text("a file in the way")
+    analyze_one = pipeline.analyze_one
+
+    def refused(model, *arguments):
+        if model == str(models[1]):
+            raise PermissionError(13, "Permission denied", unread)
+        return analyze_one(model, *arguments)
+
+    monkeypatch.setattr(pipeline, "analyze_one", refused)
+    code, stdout, err = call(capsys, "analyze", *models, "--out", tmp_path, "--json")
+    assert code == 1
+    assert [report["model"]["id"] for report in json.loads(stdout)] == [str(models[2])]
+    assert f"{models[0]}: cannot write to" in err
+    assert "Permission denied" in err
+    assert "2 of 3 models failed; the others are done" in err

@@ -18,6 +18,7 @@ from lmd_hf.errors import OutputError
 ATTEMPTS = 3  # of a model that fails, over all runs
 DEATHS = 20  # attempts after which a model that was under way when a process ended is the likely cause
 PATIENCE = 60.0  # seconds that a writer waits for another process
+SAME = 2.0  # seconds between two readings of when one process began, at most: Linux tells them from whole seconds
 _turn = threading.Lock()  # for the threads of this one: SQLite has them sleep, in steps that grow to 100 ms
 _TABLE = """
 CREATE TABLE IF NOT EXISTS models (
@@ -116,7 +117,7 @@ class Queue:
 
 def _me() -> str:
     """This process, told apart from a later one with its number."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+    return f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid()):.2f}"
 
 
 def _lives(owner: str | None) -> bool:
@@ -126,6 +127,13 @@ def _lives(owner: str | None) -> bool:
     if owner is None or host != socket.gethostname():
         return owner is not None
     try:
-        return f"{psutil.Process(int(number)).create_time():.2f}" == born
+        return abs(_born(int(number)) - float(born)) < SAME
     except psutil.NoSuchProcess:
         return False
+
+
+def _born(number: int) -> float:
+    """When a process began, in seconds that no setting of the clock moves: Linux counts from the start of the machine,
+    and the time that it gives moves with the clock."""
+    start = psutil.boot_time() if psutil.LINUX else 0.0
+    return float(psutil.Process(number).create_time() - start)

@@ -87,6 +87,12 @@ def read_comparison(folder: Path) -> Comparison:
     return replace(comparison, matrices=_with_spectra(comparison.matrices, path.parent / COMPARE_PARQUET))
 
 
+def is_written(folder: Path, report: Report) -> bool:
+    """Whether a report is there, and not on a disk that only the machine which wrote it sees."""
+    file = folder / JSON
+    return file.is_file() and file.read_text(encoding="utf-8") == report.to_json()
+
+
 def read_saved(path: Path) -> Report | Comparison | None:
     """The report or the comparison in a folder, or the one that `path` itself is; `None` where there is neither."""
     if path.name == COMPARE_JSON or ((path / COMPARE_JSON).is_file() and not (path / JSON).is_file()):

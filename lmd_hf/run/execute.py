@@ -49,9 +49,8 @@ class HeadStart:
         """Begin nothing more; what remains is done, under way, or has its bytes here or on their way."""
         self.reads.close()
         kept = {key: future for key, (work, future) in self.spectra.items() if self.reads.begun(work)}
-        return kept | {
-            key: future for key, (_, future) in self.spectra.items() if key not in kept and not future.cancel()
-        }
+        rest = {key: future for key, (_, future) in self.spectra.items() if key not in kept and not future.cancel()}
+        return kept | rest
 
 
 def unfinished(plan: Plan, source: Source, journal: Journal) -> list[Work]:
@@ -118,15 +117,13 @@ def execute(
     for sighted in rounds(plan, source, bench.device, world):
         begun = time.perf_counter()
         notes += sighted.notes
-        with shared_sums(plan, bench.is_finished, source, world=world, device=bench.device) as sums:
+        with shared_sums(plan, bench.is_known, source, world=world, device=bench.device) as sums:
             shares.append(world.together(partial(_do_round, bench, sighted, indices, sums, ahead, progress)))
         decomposing += time.perf_counter() - begun
     workers = worker_count([plan.works[index] for index in indices], bench.devices, source)
     results = _results(world.gather(_merged(shares)), environment(bench.devices, workers))
-    spent = time.perf_counter() - started
-    timing = (
-        {"execute": decomposing} if plan.settings.data is None else {"run": spent - decomposing, "execute": decomposing}
-    )
+    timing = {} if plan.settings.data is None else {"run": time.perf_counter() - started - decomposing}
+    timing["execute"] = decomposing
     return replace(results, timing=timing, notes=(*notes, *_unseen(results.matrices)))
 
 
@@ -168,10 +165,7 @@ def _do(
     works = [work for work in places if work not in ready]
     outcomes: dict[int, Outcome] = {}
     workers = worker_count(list(places), bench.devices, bench.source)
-    with (
-        worker_pool(workers, len(places), bench.devices) as pool,
-        reading_ahead(bench.source, works) as reads,
-    ):
+    with worker_pool(workers, len(places), bench.devices) as pool, reading_ahead(bench.source, works) as reads:
         jobs: list[tuple[tuple[Work, ...], Begun | None]]
         jobs = [((work,), begun.get(_entries(work.ref))) for work in places if work in ready]
         jobs += [(batch, None) for batch in bench.batches(reads.works)]
@@ -231,6 +225,16 @@ class Bench:
         """Whether the journal holds it for sure. Of a matrix that may repeat another, only reading tells."""
         place = self.place(work)
         return work.ref.tied_to is None and self.output.journal.has(place) and self._has_factors(work.ref, place)
+
+    def is_known(self, work: Work) -> bool:
+        """As `is_finished`; where no hash tells the place, by the entries themselves, if anything was ever kept."""
+        if self.place(work) != PLACE or not self.output.journal.places:
+            return self.is_finished(work)
+        stored = _or_skipped(work.ref, partial(read_stored, self.source, work.ref))
+        if not isinstance(stored, Stored):
+            return False
+        key = content_key(work.ref, stored, None, procedure(work), self.device)
+        return self.output.journal.has(key) and self._has_factors(work.ref, key)
 
     def unfinished(self) -> list[Work]:
         """Those of one rank that have to be read, in the plan's order."""

@@ -66,6 +66,8 @@ def rounds(plan: Plan, source: Source, device: torch.device, world: World) -> It
         yield Round(frozenset(range(len(plan.works))), {})
         return
     model, batches = world.together(lambda: _loaded(source, data, plan.settings.device))
+    if world.size > 1:
+        world.check_same({data.dataset: world.together(batches.digest)}, "datasets")
     refs = [work.ref for work in plan.works]
     for number, (taps, observed, count) in enumerate(
         observations(model, batches, refs, data, device=device, world=world)

@@ -28,6 +28,7 @@ import xxhash
 from huggingface_hub import constants
 
 import lmd_hf
+from lmd_hf.errors import OutputError
 from lmd_hf.matrix.spectrum import Sketch, Spectrum
 from lmd_hf.records import Factored, MatrixRef, ModelIdentity
 from lmd_hf.run.measure import Spectra
@@ -40,7 +41,7 @@ VERSION = (
     f"3 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
 )
 PLACE = "@"  # how keys of places begin; one that is nothing more names none
-LONGEST_NAME = 120  # of a folder; of a long path its end
+LONGEST_NAME = 200  # bytes of a folder's, which file systems limit to 255; of a long path its end
 SYNC_SECONDS = 1.0  # a kill loses nothing that was written; a power cut this much, for syncing each line is slow
 HASHED_ENTRIES = 2**20  # of a matrix at a time, so that one with its rows apart is not copied whole
 
@@ -115,7 +116,7 @@ class Journal:
     def _append(self, folder: Path, line: bytes) -> None:
         if self.file < 0:
             path = folder / f"{uuid.uuid4().hex}{SUFFIX}"
-            self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         try:
             written = 0
             while written < len(line):  # a disk that fills up takes a part, and then raises
@@ -172,22 +173,34 @@ class Kept:
 
 def list_kept() -> list[Kept]:
     """What the cache holds, a model each, in the order of names; `changed` is the time of the last line."""
-    found = []
-    for folder in sorted(_root().glob("*")):
+    return [kept for folder in sorted(_root().glob("*")) if (kept := _kept(folder)) is not None]
+
+
+def _kept(folder: Path) -> Kept | None:
+    """What a folder holds; `None` for nothing, and where another process clears it at this moment."""
+    try:
         files = list(folder.glob(f"*{SUFFIX}"))
-        if files:
-            contents = {key for path in files for key in _index(path) if not key.startswith(PLACE)}
-            stats = [path.stat() for path in files]
-            size, changed = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
-            found.append(Kept(folder.name, len(contents), size, changed))
-    return found
+        contents = {key for path in files for key in _index(path) if not key.startswith(PLACE)}
+        stats = [path.stat() for path in files]
+    except OSError:
+        return None
+    size, changed = sum(stat.st_size for stat in stats), max((stat.st_mtime for stat in stats), default=0.0)
+    return Kept(folder.name, len(contents), size, changed) if files else None
 
 
 def clear_kept(model: str = "") -> list[Kept]:
-    """Remove what the cache holds of a model, of all without one; returns what was removed."""
+    """Remove what the cache holds of a model, of all without one; returns what was removed. Raises `OutputError` if the
+    disk refuses it."""
     removed = [kept for kept in list_kept() if not model or kept.model == _folder(model).name]
     for kept in removed:
-        shutil.rmtree(_root() / kept.model)
+        folder = _root() / kept.model
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:  # another process clears it too
+            continue
+        except OSError as error:
+            remedy = "it is another user's, or a run writes there"
+            raise OutputError(f"{folder}: cannot be cleared ({error.strerror}); {remedy}") from None
     return removed
 
 
@@ -232,8 +245,14 @@ def _root() -> Path:
     return Path(constants.HF_ASSETS_CACHE) / LIBRARY
 
 
+def folder_name(identifier: str) -> str:
+    """A model's id or path as the name of a folder."""
+    name = re.sub(r"[^\w.-]+", "--", identifier).encode()[-LONGEST_NAME:].decode(errors="ignore")
+    return name.strip(".-") or "model"
+
+
 def _folder(identifier: str) -> Path:
-    return _root() / (re.sub(r"[^\w.-]+", "--", identifier)[-LONGEST_NAME:].strip(".-") or "model")
+    return _root() / folder_name(identifier)
 
 
 def _checksum(body: bytes) -> bytes:
@@ -247,10 +266,11 @@ def _parts(line: bytes) -> list[bytes] | None:
 
 
 def _index(path: Path) -> dict[str, tuple[Path, int]]:
-    """Where each key of a file stands."""
+    """Where each key of a file stands; nothing of one that is cleared at this moment, or that its user does not
+    share."""
     found: dict[str, tuple[Path, int]] = {}
     start = 0
-    with path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError, PermissionError), path.open("rb") as file:
         for line in file:
             if parts := _parts(line):
                 found |= {key.decode(): (path, start) for key in parts[:2] if key != PLACE.encode()}

@@ -87,6 +87,9 @@ def load_model(source: Source, place: Origin, device: str = "auto") -> nn.Module
     kept = source.loaded if isinstance(source, FileSource) else {}
     if device not in kept:
         kept[device] = load_again(source, place, device)
+        if isinstance(source, FileSource):
+            for name in source.stamps:
+                source.check(name)
     return kept[device]
 
 

@@ -53,7 +53,7 @@ def make_plan(inventory: Inventory, identity: ModelIdentity, settings: Settings,
     others = [ref for ref in inventory.selected if id(ref) not in kept]
     unselected = [Skipped(name, shape, "not selected") for ref in others for name, shape in pieces(ref)]
     works = tuple(_work(ref, settings) for ref in chosen)
-    shards, cut = share_out(works, settings, world_size)
+    shards, cut = share_out(works, settings, world_size, distant=identity.commit is not None)
     return Plan(
         identity=identity,
         settings=settings,

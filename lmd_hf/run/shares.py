@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lmd_hf.matrix.cost import eigen_flops, gram_flops
 from lmd_hf.records import Piece, Settings, Work
+from lmd_hf.weights.stored import lies_in_rows
 
 
 EVEN = 0.05  # imbalance up to which nothing is cut: busiest rank over the mean, minus one
@@ -32,18 +33,20 @@ class _Level:
     rank: int
 
 
-def share_out(works: Sequence[Work], settings: Settings, ranks: int) -> tuple[Shards, Pieces]:
+def share_out(works: Sequence[Work], settings: Settings, ranks: int, *, distant: bool = False) -> tuple[Shards, Pieces]:
     """(whose each matrix is, what is cut of some of them), by index into `works`, for each rank.
 
     Longest processing time first: always the next most expensive matrix to the least loaded rank. Where that leaves the
     busiest rank more than `EVEN` above the mean, what would not fit below that is cut: its owner keeps the eigenvalues,
-    and the Gram product of its long side is shared among the ranks that are below the mean.
+    and the Gram product of its long side is shared among the ranks that are below the mean. Of `distant` files, which
+    are fetched, only what can be fetched in pieces is cut.
     """
     whole = _longest_first(works, ranks, cuttable=frozenset(), limit=float("inf"))[0]
     nothing: Pieces = ((),) * ranks
     if not works or imbalance(loads(works, whole, nothing)) <= EVEN:
         return whole, nothing
-    cuttable = frozenset(index for index, work in enumerate(works) if settings.metric == "identity" and _can_cut(work))
+    able = [_can_cut(work) and (lies_in_rows(work.ref) or not distant) for work in works]
+    cuttable = frozenset(index for index in range(len(works)) if settings.metric == "identity" and able[index])
     mean = sum(work.flops for work in works) / ranks
     owners, cut, levels = _longest_first(works, ranks, cuttable=cuttable, limit=(1 + EVEN) * mean)
     pieces = _filled(works, cut, levels, mean)

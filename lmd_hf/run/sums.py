@@ -59,15 +59,15 @@ class Sums:
 
 @contextmanager
 def shared_sums(
-    plan: Plan, is_finished: Callable[[Work], bool], source: Source, *, world: World, device: torch.device
+    plan: Plan, is_known: Callable[[Work], bool], source: Source, *, world: World, device: torch.device
 ) -> Iterator[Sums]:
     """This rank's pieces, summed and on their way to the owners. All ranks enter, and leave after the owners have
-    received them. What the owner's journal holds already is not summed again."""
+    received them. What its owner knows already, from its journal, is not summed again."""
     if not any(plan.pieces):
         yield Sums(plan, world, (), {})
         return
     cut = {piece.work for pieces in plan.pieces for piece in pieces}
-    owned = [i for i in plan.shards[world.rank] if i in cut and not is_finished(plan.works[i])]
+    owned = [i for i in plan.shards[world.rank] if i in cut and not is_known(plan.works[i])]
     owners = {index: rank for rank, indices in enumerate(world.gather(owned)) for index in indices}
     kept: dict[Piece, Tensor | None] = {}
     sending: list[Callable[[], None]] = []

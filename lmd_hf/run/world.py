@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -126,12 +126,17 @@ class World:
                 raise theirs if rank == self.rank else type(theirs)(f"rank {rank}: {theirs}")
         return result  # type: ignore[no-any-return]
 
-    def check_same(self, seen: str) -> None:
-        """`SettingsError` on every rank if they do not all see the same."""
-        if len(set(self.gather(xxhash.xxh3_128_hexdigest(seen.encode())))) > 1:
-            raise SettingsError(
-                "the ranks see different models; pin --revision to a commit, or give a folder that all of them share"
-            )
+    def check_same(self, seen: Mapping[str, str | None], what: str = "models") -> None:
+        """`SettingsError` on every rank if two of them see different values under one name; `None` is unknown, and
+        differs from nothing."""
+        digests = {name: xxhash.xxh3_128_hexdigest(value.encode()) for name, value in seen.items() if value is not None}
+        agreed: dict[str, str] = {}
+        for theirs in self.gather(digests):
+            if any(agreed.setdefault(name, value) != value for name, value in theirs.items()):
+                raise SettingsError(
+                    f"the ranks see different {what}; pin --revision to a commit, or give a folder that all of them "
+                    "share"
+                )
 
     def counter(self) -> Counter:
         """A new counter, at 0; the n-th that each rank asks for is the same one."""

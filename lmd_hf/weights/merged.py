@@ -47,6 +47,7 @@ def open_merged(model: str | Path | nn.Module, base: str | Path, **options: Any)
         below,
         identity=identity,
         locate=lambda name: (adapter if name in files else below).locate(name),
+        stamps=below.stamps | adapter.stamps,
         pickles=below.pickles | adapter.pickles,
         notes=(f"the adapter's updates are added to {below.identity.id}{at}", *below.notes),
         updates=list_weights(adapter.tensors, adapter.config, adapter.read),

@@ -4,7 +4,8 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, Weight, WeightFile
 from lmd_hf.weights.gguf import read_gguf
 from lmd_hf.weights.header import read_header
+from lmd_hf.weights.local import Stamp, readable, stamp
 from lmd_hf.weights.lora import adapter_note, is_adapter
 from lmd_hf.weights.pickled import Pickled, read_pickled, repeated
 from lmd_hf.weights.ranged import Connection, RemoteFile
@@ -129,7 +131,8 @@ class FileSource:
     that were read when they were opened. `subfolder` and `token` are what the repository was opened with. `training`
     finds the (name, path) of the state that a trainer left beside them, and fetches it. `loaded` keeps the whole model,
     by device, for whoever runs it again, `memory` what was fetched for whoever reads it again, `ahead` what is fetched
-    before its turn (`fetching`)."""
+    before its turn (`fetching`). `stamps` are those of the files on disk when they were opened: what is read of another
+    file is no answer."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -140,6 +143,7 @@ class FileSource:
     notes: tuple[str, ...] = ()
     connection: Connection | None = None
     updates: tuple[Weight, ...] = ()
+    stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
     pickles: dict[str, Pickled] = field(default_factory=dict, compare=False, repr=False)
     subfolder: str = ""
     token: str | bool | None = field(default=None, repr=False)
@@ -173,6 +177,23 @@ class FileSource:
             self.memory.keep(key, value)
         return value
 
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """A weight file at its first byte. `SourceError` if the disk refuses it, `FormatError` if the file is another
+        than when the source was opened, before or after what is done with it."""
+        with readable(name):
+            self.check(name)
+            with self.locate(name).open("rb") as file:
+                yield file
+            self.check(name)
+
+    def check(self, name: str) -> None:
+        """`FormatError` if a file on disk is another than when the source was opened."""
+        place = self.locate(name) if name in self.stamps else None
+        with readable(name):
+            if isinstance(place, Path) and stamp(place) != self.stamps[name]:
+                raise FormatError(f"{place}: the file changed while it was being read; run again")
+
     def forget(self) -> None:
         """Let go of all that is in memory, or on its way there."""
         self.loaded.clear()
@@ -181,8 +202,8 @@ class FileSource:
             self.ahead.end()
 
     def _read(self, tensor: TensorRef, start: int, stop: int, row_bytes: int) -> Tensor:
-        buffer = _page_buffer((stop - start) * row_bytes)
-        with self.locate(tensor.file).open("rb") as file:
+        with self.opened(tensor.file) as file:
+            buffer = _page_buffer((stop - start) * row_bytes)
             file.seek(tensor.start + start * row_bytes)
             if file.readinto(buffer.numpy().data) != len(buffer):
                 raise FormatError(f"{tensor.file}: '{tensor.name}' ends early; the file changed while it was read")
@@ -228,10 +249,11 @@ def open_source(
 
         return open_live(model)
     path = Path(os.path.expanduser(model))  # which, unlike those of Path, raise nothing for names that cannot be
-    if os.path.isfile(path):
-        return _open_file(path)
-    if os.path.isdir(path / subfolder):
-        return open_folder(path / subfolder, identifier=str(model))
+    with readable(path):
+        if os.path.isfile(path):
+            return _open_file(path)
+        if os.path.isdir(path / subfolder):
+            return open_folder(path / subfolder, identifier=str(model))
     text = str(model)
     if text == EMBEDDED_ID and revision is None:
         return open_folder(EMBEDDED_FOLDER, identifier=text)
@@ -279,9 +301,11 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
     tensors: list[TensorRef] = []
     shared: dict[str, str] = {}
     pickles: dict[str, Pickled] = {}
+    stamps: dict[str, Stamp] = {}
     notes: list[str] = []
     for name in names:
         path = _file(folder / name)
+        stamps[name] = stamp(path)
         if path.suffix == ".gguf":
             found, told = read_gguf(path, name)
             config = {**told, **(config or {})}
@@ -303,6 +327,7 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
         config,
         (),
         lambda name: folder / name,
+        stamps=stamps,
         notes=tuple(notes),
         pickles=pickles,
         training=partial(find_state, folder),

@@ -55,11 +55,19 @@ def read_matrix(source: Source, ref: MatrixRef) -> Tensor:
 
 def read_long(source: Source, ref: MatrixRef, start: int, stop: int) -> Tensor:
     """Rows start…stop of W's long side, (stop − start) × k; only their bytes are read where they lie together."""
-    tall = ref.shape[0] >= ref.shape[1]
-    if ref.stored == "plain" and ref.expert is None and not ref.rows and tall != ref.transposed:
+    if lies_in_rows(ref):
         return source.read(ref.tensors[0], start, stop).reshape(stop - start, -1)
     w = read_matrix(source, ref)
-    return (w if tall else w.T)[start:stop]
+    return (w if _is_tall(ref) else w.T)[start:stop]
+
+
+def lies_in_rows(ref: MatrixRef) -> bool:
+    """Whether each row of W's long side lies together in its file, after the one before it."""
+    return ref.stored == "plain" and ref.expert is None and not ref.rows and _is_tall(ref) != ref.transposed
+
+
+def _is_tall(ref: MatrixRef) -> bool:
+    return ref.shape[0] >= ref.shape[1]
 
 
 def read_gain(source: Source, ref: MatrixRef) -> Tensor | None:

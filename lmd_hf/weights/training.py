@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from lmd_hf.errors import FormatError
+from lmd_hf.weights.local import readable
 from lmd_hf.weights.repository import check_state
 from lmd_hf.weights.source import FileSource, Source
 
@@ -18,9 +19,10 @@ def read_history(source: Source) -> tuple[str, list[dict[str, Any]]] | None:
     if found is None:
         return None
     name, path = found
-    check_state(name, path.stat().st_size)
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        with readable(path):
+            check_state(name, path.stat().st_size)
+            history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError(f"{name}: not the state of a trainer (JSON with a log_history)") from None
     if not isinstance(history, list):

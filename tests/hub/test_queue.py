@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lmd_hf.errors import OutputError, SettingsError
@@ -71,6 +72,18 @@ def test_a_model_that_ends_every_process_is_given_up(tmp_path, monkeypatch):
     assert set(taken) == {"a/huge"}
     assert queue.take().model == "a/2"
     assert next((e.state, e.told) for e in queue.entries()) == ("failed", "the process ended in the middle of it")
+
+
+def test_a_living_process_keeps_its_model_when_the_clock_is_set(tmp_path, monkeypatch):
+    """On Linux the time at which a process began is counted from a start of the machine that moves with the clock."""
+    queue = Queue(tmp_path / "q.sqlite")
+    queue.add(["a/1"])
+    assert queue.take().model == "a/1"
+    began, boot = psutil.Process.create_time, psutil.boot_time
+    monkeypatch.setattr(psutil, "LINUX", True)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began(process) + 3600)
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot() + 3600)
+    assert queue.take() is None
 
 
 def take_all(path, results):

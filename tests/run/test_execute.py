@@ -1,6 +1,8 @@
 """Doing a plan: numbers against LAPACK, matrices that cannot be done, threads, ties, the norm metric."""
 
 import math
+import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -20,7 +22,7 @@ from lmd_hf.run.plan import make_plan
 from lmd_hf.run.workers import pick_device
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import list_by_name, list_matrices
-from lmd_hf.weights.source import open_source
+from lmd_hf.weights.source import FileSource, open_source
 
 
 NO_DATA = "no data: it is on the meta device; load or materialise it first"
@@ -78,6 +80,29 @@ def test_nan_and_infinity_skip_that_matrix_and_no_other(save, tmp_path):
         "model.layers.1.self_attn.q_proj.weight": "the matrix holds NaN or infinity (2 of 1024 entries)",
     }
     assert len(report.matrices) == 14
+
+
+def test_of_a_file_that_is_replaced_the_rest_is_unread_and_nothing_is_of_another(save, tmp_path, monkeypatch):
+    shutil.copytree(save("llama"), tmp_path, dirs_exist_ok=True)
+    path, fresh = tmp_path / "model.safetensors", tmp_path / "fresh"
+    before = analyze(tmp_path)
+    save_file({name: 2 * w for name, w in load_file(path).items()}, fresh)
+    read, lock = FileSource.read, threading.Lock()
+
+    def replacing(source, tensor, *rows):
+        with lock:
+            value = read(source, tensor, *rows)
+            if fresh.exists():
+                os.replace(fresh, path)
+            return value
+
+    monkeypatch.setattr(FileSource, "read", replacing)
+    report = analyze(tmp_path)
+    expected = {m.name: m.spectral_norm for m in before.matrices}
+    assert {m.name: m.spectral_norm for m in report.matrices}.items() < expected.items()
+    assert report.model.files[0].sha256 in (None, before.model.files[0].sha256)
+    assert len(report.unread) + len(report.matrices) == len(before.matrices)
+    assert "the file changed while it was being read; run again" in report.unread[0].reason
 
 
 def test_degenerate_matrices_have_null_not_nonsense(tmp_path):

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import resource
+import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import models
 import numpy as np
@@ -18,7 +20,7 @@ from lmd_hf import analyze, cli
 from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import ModelIdentity, Settings
 from lmd_hf.run.execute import Output, execute
-from lmd_hf.run.journal import PLACE, Keys, clear_kept, list_kept, open_journal
+from lmd_hf.run.journal import PLACE, SUFFIX, Keys, clear_kept, folder_name, list_kept, open_journal
 from lmd_hf.run.measure import Spectra
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.inventory import list_matrices
@@ -143,6 +145,54 @@ def test_a_cache_that_cannot_be_written_is_a_warning(no_memory, save, caplog):
     report = analyze(save("llama"))
     assert len(report.matrices) == 16
     assert "not kept for a later run" in caplog.text
+
+
+def refusing(name, error):
+    """A method of Path that refuses the first file that it is called for."""
+    original, refused = getattr(Path, name), []
+
+    def method(path, *arguments, **options):
+        if path.suffix == SUFFIX and path in [*refused, path][:1]:
+            refused.append(path)
+            raise error
+        return original(path, *arguments, **options)
+
+    return method
+
+
+@pytest.mark.parametrize("name", ["open", "stat"])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_file_of_another_user_or_one_that_is_cleared_is_passed_over(no_memory, monkeypatch, name, error):
+    for key in "ab":
+        with open_journal(IDENTITY) as journal:
+            journal.add(Keys(key * 32, PLACE), spectra(0))
+    monkeypatch.setattr(Path, name, refusing(name, error))
+    if name == "open":
+        with open_journal(IDENTITY) as journal:
+            assert [journal.has(key * 32) for key in "ab"].count(True) == 1
+    assert sum(kept.matrices for kept in list_kept()) == (name == "open")
+
+
+def test_others_may_read_what_the_umask_lets_them(no_memory):
+    with open_journal(IDENTITY) as journal:
+        journal.add(Keys("a" * 32, PLACE), spectra(0))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert only_file(no_memory).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(("error", "told"), [(FileNotFoundError(2, "gone"), ""), (OSError(30, "Read-only"), "told")])
+def test_a_cache_that_cannot_be_cleared_is_one_line(no_memory, monkeypatch, capsys, error, told):
+    with open_journal(IDENTITY) as journal:
+        journal.add(Keys("a" * 32, PLACE), spectra(0))
+    monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(error))
+    assert cli.run(["cache", "clear"]) == bool(told)
+    assert ("cannot be cleared (Read-only)" in capsys.readouterr().err) == bool(told)
+
+
+@pytest.mark.parametrize("identifier", ["/data/" + "ü" * 300, "a" * 300, "org/name", "."])
+def test_every_model_has_a_name_that_a_folder_may_have(tmp_path, identifier):
+    (tmp_path / folder_name(identifier)).mkdir()
 
 
 def test_many_writers_lose_nothing_and_count_nothing_twice(no_memory):

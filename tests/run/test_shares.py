@@ -79,6 +79,17 @@ def test_what_cannot_be_cut_stays_whole(changes, settings):
     assert not any(share_out([work(0, 40000, 2048, **changes)], settings, 4)[1])
 
 
+@pytest.mark.parametrize(("shape", "transposed", "fetched"), [
+    ((40000, 2048), False, True), ((2048, 40000), False, False), ((2048, 40000), True, True),
+    ((40000, 2048), True, False),
+])  # fmt: skip
+def test_of_distant_files_only_what_is_fetched_in_pieces_is_cut(shape, transposed, fetched):
+    """Else every rank would fetch the whole matrix for its piece."""
+    works = [work(0, *shape, transposed=transposed)]
+    assert any(share_out(works, EXACT, 4)[1])
+    assert any(share_out(works, EXACT, 4, distant=True)[1]) == fetched
+
+
 def test_what_is_done_in_a_moment_is_not_cut():
     quick = work(0, 4 * GRAIN, 128)
     assert quick.flops < LEAST_FLOPS

@@ -68,6 +68,18 @@ def test_rows_of_the_long_side(folder):
         assert torch.equal(read_long(source, ref, 100, 200).nan_to_num(), long[100:200].nan_to_num())
 
 
+COUNTING = """
+import runpy, sys
+from lmd_hf.run import sums
+whole = sums.lower_gram
+def counting(*arguments):
+    sys.stderr.write("summed again\\n")
+    return whole(*arguments)
+sums.lower_gram = counting
+runpy.run_module("lmd_hf", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 6])
 def test_several_processes_give_the_numbers_of_one(folder, tmp_path, ranks):
@@ -85,8 +97,11 @@ def test_several_processes_give_the_numbers_of_one(folder, tmp_path, ranks):
             k: v for k, v in expected.items() if not isinstance(v, (float, list))
         }
     assert {row["method"] for row in alone["matrices"]} > {"gram"}  # small values were refined
-    again = launch(folder, ranks, HF_ASSETS_CACHE=str(tmp_path / "fresh"))
+    (tmp_path / "script.py").write_text(COUNTING)
+    again = launch(folder, ranks, script=[str(tmp_path / "script.py")], HF_ASSETS_CACHE=str(tmp_path / "fresh"))
     assert json.loads(again.stdout)["environment"]["reused"] == len(alone["matrices"])
+    assert ("summed again" in again.stderr) == (ranks == 6)  # the broken one alone, which is never kept
+    assert again.stderr.count("summed again") <= ranks
 
 
 DYING = """

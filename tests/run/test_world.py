@@ -1,11 +1,14 @@
 """Several processes share one run: real launchers, real process groups, the numbers of one process."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 
+import models
 import pytest
+import torch
 
 from lmd_hf import analyze
 from lmd_hf.errors import SettingsError, SourceError
@@ -49,7 +52,7 @@ def test_a_world_of_one():
     assert world.together(lambda: "done") == "done"
     with pytest.raises(SourceError, match="gone"):
         world.together(lambda: (_ for _ in ()).throw(SourceError("gone")))
-    world.check_same("anything")
+    world.check_same({"anything": "seen"})
 
 
 def test_two_processes_give_the_rows_and_numbers_of_one(save):
@@ -116,6 +119,44 @@ def test_processes_that_cannot_share_the_work_are_refused(monkeypatch, environme
         join("cpu")
 
 
+APART = """
+import os, runpy
+os.chdir(os.environ["RANK"])
+runpy.run_module("lmd_hf", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["nothing", "model", "dataset"])
+def test_ranks_that_see_other_bytes_under_the_same_names_are_told(tmp_path, changed):
+    """Each rank has a disk of its own; that one of them has a link into the Hub's cache is no difference."""
+    rows = [{"input_ids": list(range(20))} for _ in range(30)]
+    for number in (0, 1):
+        model, folder = models.make("llama"), tmp_path / str(number)
+        if number and changed == "model":
+            with torch.no_grad():
+                model.model.norm.weight += 1
+        model.save_pretrained(folder / "model")
+        if number and changed == "dataset":
+            rows[-1]["input_ids"][0] = 1
+        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    snapshot, blobs = tmp_path / "snapshots" / "commit", tmp_path / "blobs"
+    blobs.mkdir()
+    snapshot.parent.mkdir()
+    (tmp_path / "0" / "model").rename(snapshot)
+    (tmp_path / "0" / "model").symlink_to(snapshot)
+    weights = snapshot / "model.safetensors"
+    blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    (tmp_path / "script.py").write_text(APART)
+    command = [*TORCHRUN, "--nproc_per_node", "2", tmp_path / "script.py", "analyze", "model", "--json"]
+    command += ["--metric", "data", "--dataset", "data.jsonl", "--seq-len", "20"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert answer.returncode == (changed != "nothing"), answer.stderr
+    assert (f"lmd-hf: the ranks see different {changed}s; pin" in answer.stderr) == (changed != "nothing")
+
+
 DISAGREE = """
 import os, sys
 from lmd_hf.errors import LmdError, SettingsError
@@ -123,7 +164,7 @@ from lmd_hf.run.world import join
 world = join("cpu")
 try:
     if sys.argv[1] == "see":
-        world.check_same(f"commit {world.rank}")
+        world.check_same({"commit": str(world.rank)})
     elif sys.argv[1] == "die":
         if world.rank == 1:
             os._exit(0)

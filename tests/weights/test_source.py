@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from pathlib import Path
 
 import models
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lmd_hf.errors import FormatError, LmdError, SourceError
-from lmd_hf.weights.identity import with_hashes
+from lmd_hf.weights import source as source_module
+from lmd_hf.weights.identity import BLOCK, BLOCKS, marks, with_hashes
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 from lmd_hf.weights.stored import read_matrix
@@ -228,13 +230,67 @@ def test_the_same_name_in_two_files(tmp_path):
         open_source(tmp_path)
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+def replaced(path):
+    """By a file of the same size and times, renamed into its place."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    fresh = path.with_name("fresh")
+    save_file({"w.weight": torch.zeros(20, 40)}, fresh)
+    os.utime(fresh, ns=times)
+    os.replace(fresh, path)
+
+
+@pytest.mark.parametrize("change", [replaced, lambda path: path.write_bytes(path.read_bytes()[:-100])])
+@pytest.mark.parametrize("while_read", [False, True])
+def test_a_file_that_changes_after_it_was_opened_is_read_no_more(tmp_path, monkeypatch, change, while_read):
     path = tmp_path / "model.safetensors"
     save_file({"w.weight": torch.ones(20, 40)}, path)
     source = open_source(tmp_path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FormatError, match="ends early"):
+    if while_read:
+        buffer = source_module._page_buffer
+        monkeypatch.setattr(source_module, "_page_buffer", lambda size: (change(path), buffer(size))[1])
+    else:
+        change(path)
+    with pytest.raises(FormatError, match="the file changed while it was"):
         source.read(source.tensors[0])
+    assert with_hashes(source).files[0].sha256 is None
+
+
+def test_other_bytes_leave_other_marks_wherever_they_are(tmp_path):
+    """In one block of a file that is not read whole."""
+    values, seen = torch.zeros(BLOCKS, 4 * BLOCK, dtype=torch.uint8), []
+    for changed in (None, 0, BLOCKS // 2, BLOCKS - 1):
+        values[changed or 0] = 0 if changed is None else 1
+        save_file({"w.weight": values}, tmp_path / "model.safetensors")
+        seen.append(marks(open_source(tmp_path))["blocks of model.safetensors"])
+    assert len(set(seen)) == 4
+
+
+def test_a_file_that_is_gone_is_one_line(tmp_path):
+    save_file({"w.weight": torch.ones(20, 40)}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"model\.safetensors: No such file or directory; check that it is still"):
+        source.read(source.tensors[0])
+    assert with_hashes(source).files[0].sha256 is None
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "config.json"])
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch, name):
+    """As a user who is not root sees it."""
+    save_file({"w.weight": torch.ones(20, 40)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(path, *_, **__):
+        if path == tmp_path / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *_, **__)
+
+    method = "open" if name else "iterdir"
+    original = getattr(Path, method)
+    monkeypatch.setattr(Path, method, refuse)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: path.open().read())
+    with pytest.raises(SourceError, match=rf"{name}: Permission denied; check that it is still there"):
+        open_source(tmp_path)
 
 
 def test_other_files_are_refused(tmp_path):
