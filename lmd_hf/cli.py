@@ -375,7 +375,7 @@ def _check_out(folder: Path) -> None:
     """Fail before hours of work, not after: the output folder must take a file."""
     from lmd_hf.report.files import write_folder
 
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):  # those of Path raise for a name that is too long
         raise OutputError(f"{folder} is a file; give --out a folder")
     write_folder(folder, {})
 

@@ -233,7 +233,7 @@ def test_bad_settings_exit_1(capsys, save, option, message):
     assert message in err
 
 
-@pytest.mark.parametrize("out", ["/dev/null", "/proc/nowhere/x"])
+@pytest.mark.parametrize("out", ["/dev/null", "/proc/nowhere/x", "x" * 300])
 def test_an_unwritable_out_is_told_before_the_work(capsys, save, out):
     code, stdout, err = call(capsys, "analyze", save("llama"), "--out", out)
     assert (code, stdout) == (1, "")
