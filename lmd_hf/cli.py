@@ -271,11 +271,10 @@ def _write_report(folder: Path, report: Any) -> None:
     from lmd_hf.report.files import HEADS_PARQUET, report_writers
     from lmd_hf.report.plots import FIGURES, figures
 
-    own = [HEADS_PARQUET, *(f"{name}.png" for name in FIGURES)]
-    _write(folder, report, report_writers(report), figures(report), own)
+    _write(folder, report, report_writers(report), figures(report), own=[HEADS_PARQUET, *FIGURES])
 
 
-def _write(folder: Path, report: Any, writers: dict[str, Any], figures: dict[str, Any], own: list[str]) -> None:
+def _write(folder: Path, report: Any, writers: dict[str, Any], figures: dict[str, Any], own: Any) -> None:
     """The data files, the card and the figures of a report or a comparison, and no other of its `own` files."""
     from lmd_hf.report.files import text_writer, write_folder
     from lmd_hf.report.plots import writer
@@ -333,8 +332,8 @@ def _compare(options: argparse.Namespace) -> None:
         from lmd_hf.report.files import comparison_writers
         from lmd_hf.report.plots import COMPARISON_FIGURES, comparison_figures
 
-        own = [f"{name}.png" for name in COMPARISON_FIGURES]
-        _write(options.out, comparison, comparison_writers(comparison), comparison_figures(comparison), own)
+        writers, figures = comparison_writers(comparison), comparison_figures(comparison)
+        _write(options.out, comparison, writers, figures, own=COMPARISON_FIGURES)
     _show(comparison, options)
 
 
@@ -346,9 +345,8 @@ def _card(options: argparse.Namespace) -> None:
     if report is None:
         report = _run_analysis(options, options.model)
     else:
-        named = [name for name in (*WHERE, "before", "reuse") if getattr(options, name)]
-        changed = [name for record in (_settings(), _thresholds()) for name in changed_settings(record, options)]
-        refuse_for_saved(options.model, named + changed)
+        changed = changed_settings(_settings(), options) + changed_settings(_thresholds(), options)
+        refuse_for_saved(options.model, [n for n in (*WHERE, "before", "reuse") if getattr(options, n)] + changed)
     text = report.card()
     print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
     _check_complete(report)

@@ -93,7 +93,7 @@ def checked(record: T) -> T:
     kind: Any = type(record)
     for name, types in _simple_fields(kind):
         if not isinstance(value := getattr(record, name), types):
-            raise TypeError(f"{name} is {str(value)[:40]!r}")
+            raise TypeError(f"{name} is of the type {type(value).__name__}")
     return record
 
 
@@ -120,11 +120,15 @@ def to_text(values: dict[str, Any]) -> str:
 
 
 def parse_object(text: str, what: str) -> dict[str, Any]:
-    """The JSON object in a text; `FormatError` if it is none."""
+    """The JSON object in a text; `FormatError` if it is none, as with Python's NaN."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=_refuse)
     except ValueError as error:
         raise FormatError(f"not a {what}: invalid JSON ({error})") from None
     if not isinstance(values, dict):
         raise FormatError(f"not a {what}: the JSON is no object")
     return values
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from lmd_hf.report.compare import Comparison
     from lmd_hf.report.report import Report
 
-FIGURES, COMPARISON_FIGURES = ("spectra", "capacity", "heatmap", "heads"), ("updates", "changes")
+FIGURES = ("spectra.png", "capacity.png", "heatmap.png", "heads.png")  # the files of those that there may be
+COMPARISON_FIGURES = ("updates.png", "changes.png")
 COLUMNS = 4
 SHOWN = 1e-5  # of the largest change of any matrix: what lies below is left out of the figure
 

@@ -112,7 +112,9 @@ def test_parquet_is_readable_by_others(report, tmp_path):
     assert ours["name"].tolist() == frame["name"].tolist()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "lmd-report/2"}', '{"schema": "lmd-report/1"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"timing": NaN}', '{"schema": "lmd-report/2"}', '{"schema": "lmd-report/1"}']
+)
 def test_a_file_that_is_no_report_is_refused(content):
     with pytest.raises(FormatError):
         Report.from_json(content)
