@@ -4,25 +4,17 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lmd_hf.compat import Target, checkpoint_key_map
 from lmd_hf.records import Weight
 from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
 from lmd_hf.weights.lora import is_adapter
+from lmd_hf.weights.skeleton import BUILD_ERRORS, build
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# What building an unusual configuration raises: a missing class or package, a value it does not understand.
-BUILD_ERRORS = (
-    *(ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, OSError),
-    StrictDataclassError,
-)
-
-
 _NORMED = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1|weight_v)$")  # weight normalisation
 
 
@@ -57,7 +49,7 @@ def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module
     """The place of every tensor: from a live module, from the configuration's meta model, or from names alone."""
     notes: list[str] = []
     if module is None:
-        module = _meta_model(config, notes)
+        module = _meta_model(config, len(weights), notes)
         mapped = checkpoint_key_map(module, [w.name for w in weights]) if module is not None else {}
     else:
         mapped = {weight.name: Target(weight.name) for weight in weights}
@@ -95,7 +87,7 @@ def _config_values(module: nn.Module, config: dict[str, Any] | None) -> dict[str
     return parsed.to_dict() if hasattr(parsed, "to_dict") else config
 
 
-def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | None:
+def _meta_model(config: dict[str, Any] | None, tensors: int, notes: list[str]) -> nn.Module | None:
     """The model class that the configuration names, on the meta device: no memory, no weights, no remote code."""
     if is_adapter(config):
         return None
@@ -108,18 +100,11 @@ def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | 
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         notes.append(f"model_type '{model_type}' is unknown to transformers: roles are read from tensor names")
         return None
-    import transformers
-
-    name = (config.get("architectures") or [None])[0]
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(config)
-        with torch.device("meta"):
-            if name is not None and hasattr(transformers, name):
-                return getattr(transformers, name)(parsed)
-            return transformers.AutoModel.from_config(parsed, trust_remote_code=False)
+        return build(config, tensors)
     except BUILD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         notes.append(f"transformers cannot build '{model_type}' ({reason}): roles are read from tensor names")

@@ -141,6 +141,12 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
+def architectures(config: dict[str, Any] | None) -> tuple[str, ...]:
+    """The model classes that a configuration names."""
+    named = (config or {}).get("architectures")
+    return tuple(map(str, named)) if isinstance(named, list) else ()
+
+
 def config_file(names: list[str]) -> str:
     """The name of the configuration that goes with these weight files."""
     if is_sliced(names):

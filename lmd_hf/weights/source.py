@@ -23,6 +23,7 @@ from lmd_hf.weights.ranged import Connection, RemoteFile
 from lmd_hf.weights.repository import (
     PICKLES,
     WEIGHTS,
+    architectures,
     config_file,
     find_state,
     is_sliced,
@@ -315,9 +316,9 @@ def make_identity(
     identifier: str, revision: str | None, commit: str | None, config: dict[str, Any] | None, files: list[WeightFile]
 ) -> ModelIdentity:
     """The identity of a model from its configuration and files."""
-    config = config or {}
-    architectures = tuple(str(name) for name in config.get("architectures") or ())
-    return ModelIdentity(identifier, revision, commit, config.get("model_type"), architectures, tuple(files))
+    model_type = (config or {}).get("model_type")
+    known = model_type if model_type is None else str(model_type)
+    return ModelIdentity(identifier, revision, commit, known, architectures(config), tuple(files))
 
 
 def unique(tensors: list[TensorRef]) -> tuple[TensorRef, ...]:
