@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lmd_hf.compat import Target, checkpoint_key_map
 from lmd_hf.records import Weight
@@ -15,7 +16,8 @@ from lmd_hf.weights.skeleton import BUILD_ERRORS, build
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMED = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1|weight_v)$")  # weight normalisation
+# The tensor, of those that a weight is computed from, that has its shape.
+_MADE = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1?|weight_v|weight_orig)$")
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,10 @@ def _known_parameters(module: nn.Module, config: Config) -> dict[str, Place]:
         prefix = f"{path}." if path else ""
         inside = _inside(path, classes)
         for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            if is_lazy(parameter):
+                continue
             result[prefix + name] = replace(_place(path, name, child, parameter, config), inside=inside)
-            if whole := _NORMED.match(prefix + name):  # a direction and a gain that together are the module's weight
+            if whole := _MADE.match(prefix + name):
                 owner = whole.group(1)
                 place = _place(owner, "weight", classes[owner], parameter, config)
                 result[f"{owner}.weight".lstrip(".")] = replace(place, inside=_inside(owner, classes))
@@ -153,7 +157,7 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, conf
         return Place(path, "conv")
     if isinstance(owner, TRANSPOSED_CONVOLUTIONS):
         return Place(path, "conv_transposed")
-    if type(owner).__name__ == "Conv1D":
+    if type(owner).__name__.removeprefix("Parametrized") == "Conv1D":
         return Place(path, "conv1d")
     if parameter.ndim == 3 and find_container(type(owner).__name__) == "experts":
         turned = getattr(owner, "is_transposed", False) or family_fact("experts_transposed", config)

@@ -22,6 +22,7 @@ from lmd_hf.weights.unpack import Unpacked
 Parts = dict[str, TensorRef]
 Read = Callable[[TensorRef], Tensor]
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FLOATS = ("F32", "F16", "BF16", "F64")
 BYTES = ("U8", "I8")
 SMALL_READS = 16  # at a time
 
@@ -93,6 +94,12 @@ def _version(number: str) -> Callable[[Parts, dict[str, Any]], bool]:
     return lambda parts, settings: (
         _is_gptq(parts, settings) and ("v2" in str(settings.get("checkpoint_format"))) == (number == "v2")
     )
+
+
+def _is_normed(parts: Parts, settings: dict[str, Any]) -> bool:
+    """Whether the first of two tensors can be the lengths of the second's slices, or its own."""
+    gain, shape = parts["gain"].shape, parts["weight"].shape
+    return not gain or (len(gain) == len(shape) and all(g in (1, w) for g, w in zip(gain, shape, strict=True)))
 
 
 def _declared_shape(parts: Parts, read: Read | None = None) -> tuple[int, ...]:
@@ -279,8 +286,16 @@ FORMATS = {
             "weight": (".parametrizations.weight.original1", ".weight_v"),
             "gain": (".parametrizations.weight.original0", ".weight_g"),
         },
-        ("F32", "F16", "BF16", "F64"),
+        FLOATS,
         _same,
+        fits=_is_normed,
+    ),
+    "pruned": Format(
+        unpack.pruned,
+        {"weight": (".weight_orig",), "mask": (".weight_mask",)},
+        FLOATS,
+        _same,
+        fits=lambda parts, settings: parts["mask"].shape == parts["weight"].shape,
     ),
 }
 

@@ -154,7 +154,8 @@ class FileSource:
         """Reads just those bytes (no mapping, so memory in use is the slice itself); of a pickle, a mapped slice; of
         a type that torch does not have, the bytes of each row."""
         if tensor.file.endswith(PICKLES):
-            return read_pickled(_local(self.locate(tensor.file)))[tensor.name].reshape(tensor.shape)[start:stop]
+            whole = read_pickled(_local(self.locate(tensor.file)))[tensor.name]
+            return whole.reshape(tensor.shape)[start:stop] if tensor.shape else whole
         rows = tensor.shape[0] if tensor.shape else 1
         stop = rows if stop is None else stop
         key = tensor, start, stop
