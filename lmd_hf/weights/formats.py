@@ -5,7 +5,8 @@ weight, and the function of `unpack` that computes it. Adding one is one entry o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,10 @@ FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 FLOATS = ("F32", "F16", "BF16", "F64")
 BYTES = ("U8", "I8")
 SMALL_READS = 16  # at a time
+INGREDIENT = (
+    "one of the tensors that its weight is computed from; save a copy without the parametrisation "
+    "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_spectral_norm)"
+)
 
 
 @dataclass(frozen=True)
@@ -325,6 +330,15 @@ def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, re
         told = dict(zip(asking, pool.map(lambda name: _shape(found[name], read), asking), strict=True))
     shapes = {name: told[name] if name in told else _shape(parts, read) for name, parts in found.items()}
     return tuple(_weight(*found[name], shapes[name]) if name in found else _alone(t) for name, t in by_name.items())
+
+
+def is_ingredient(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is but one of those that torch computes a weight from before every forward pass."""
+    if re.search(r"(?:^|\.)parametrizations\.", name):
+        return True
+    found = re.fullmatch(r"((?:.*\.)?weight\w*)_(orig|mask|v|g)", name)
+    beside = {"orig": ("mask", "u"), "mask": ("orig",), "v": ("g", "orig"), "g": ("v",)}
+    return found is not None and any(f"{found[1]}_{ending}" in names for ending in beside[found[2]])
 
 
 def _shape(found: tuple[str, str, Parts], read: Read) -> tuple[int, ...]:

@@ -3,7 +3,6 @@ alias. Reads headers only."""
 
 import math
 import re
-from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from lmd_hf.weights.families import (
     find_role,
     stack_words,
 )
-from lmd_hf.weights.formats import FP8, list_weights
+from lmd_hf.weights.formats import FP8, INGREDIENT, is_ingredient, list_weights
 from lmd_hf.weights.lora import Piece, merge, stored_pieces
 from lmd_hf.weights.named import find_tree
 from lmd_hf.weights.source import Source
@@ -28,10 +27,6 @@ from lmd_hf.weights.source import Source
 
 READABLE = {"F64", "F32", "F16", "BF16", *FP8}
 OTHER = Role("", "other")
-INGREDIENT = (
-    "one of the tensors that its weight is computed from; save a copy without the parametrisation "
-    "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_spectral_norm)"
-)
 
 
 def list_matrices(source: Source) -> Inventory:
@@ -171,7 +166,7 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
         return _skip(weight, f"companion of {companion}")
     if place.kind == "vector":
         return _skip(weight, "vector")
-    if weight.format == "plain" and _is_ingredient(weight.name, context.weight_of):
+    if weight.format == "plain" and is_ingredient(weight.name, context.weight_of):
         return _skip(weight, INGREDIENT)
     if place.kind == "ignored":
         return _skip(weight, "buffer that the model class itself ignores")
@@ -185,15 +180,6 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
         stored += f" ({declared[0]})" if (declared := weight.tensors[0].declared) else ""
         return _skip(weight, f"{stored}, a format that is not read; save a copy dequantised by its own library")
     return _matrices(weight, place, context)
-
-
-def _is_ingredient(name: str, names: Container[str]) -> bool:
-    """Whether a tensor is but one of those that torch computes a weight from before every forward pass."""
-    if re.search(r"(?:^|\.)parametrizations\.", name):
-        return True
-    found = re.fullmatch(r"((?:.*\.)?weight\w*)_(orig|mask|v|g)", name)
-    beside = {"orig": ("mask", "u"), "mask": ("orig",), "v": ("g", "orig"), "g": ("v",)}
-    return found is not None and any(f"{found[1]}_{ending}" in names for ending in beside[found[2]])
 
 
 def _skip(weight: Weight, reason: str) -> Skipped:
