@@ -22,7 +22,7 @@ CODE = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?|auto_map")
 OWN_CODE = ("eager", "sdpa", None)  # torch's and transformers' own
 # Model types that build a `backbone` of that name by timm; others look for a repository of that name.
 TIMM = (
-    *("detr", "conditional_detr", "dab_detr", "deformable_detr", "maskformer", "omdet_turbo", "table_transformer"),
+    *("conditional_detr", "dab_detr", "deformable_detr", "detr", "omdet_turbo", "table_transformer"),
     "timm_backbone",
 )
 COUNTS = re.compile(r".*(?:layers?|depths?|blocks|experts|groups|stages)")  # keys that say how often modules repeat
@@ -91,8 +91,8 @@ def _elsewhere(values: dict[str, Any]) -> str | None:
     named = [name for name in (values.get("architecture"), values.get("backbone")) if isinstance(name, str)]
     if isinstance(inner, str) or any(":" in name for name in named):  # timm's `hf-hub:…` and `local-dir:…`
         return inner if isinstance(inner, str) else named[-1]
-    timm = values.get("use_timm_backbone", True) and not values.get("backbone_kwargs")
-    if inner or (values.get("model_type") in TIMM and timm):
-        return None
     backbone = values.get("backbone")
-    return backbone if isinstance(backbone, str) else None
+    if inner or not isinstance(backbone, str):
+        return None
+    timm = values.get("use_timm_backbone", True) and not values.get("backbone_kwargs") and "/" not in backbone
+    return None if timm and values.get("model_type") in TIMM else backbone

@@ -67,6 +67,8 @@ def test_no_kernel_is_fetched_to_run_a_model(alone, tmp_path):
     {"model_type": "dpt", "architectures": ["DPTForDepthEstimation"], **BACKBONE},
     {"model_type": "maskformer", "architectures": ["MaskFormerModel"], **BACKBONE},
     {"model_type": "upernet", "backbone": "evil"},
+    {"model_type": "maskformer", "backbone": "evil"},
+    {"model_type": "detr", "use_timm_backbone": True, "backbone": "evil/repo"},
     {"model_type": "detr", "backbone_config": "evil/repo"},
     {"model_type": "timm_backbone", "backbone": "hf-hub:evil/repo"},
     {"model_type": "timm_wrapper", "architecture": "local-dir:evil"},
@@ -105,7 +107,6 @@ def test_what_cannot_be_built_says_so_at_once(change):
 
 @pytest.mark.parametrize("named", [["TextStreamer"], ["DataCollatorWithPadding"], ["pipeline"], 5, {"a": 1}, [], [7]])
 def test_a_class_that_is_no_model_is_not_built(tmp_path, named):
-    assert type(build({**LLAMA, "architectures": named}, 9)).__name__ == "LlamaModel"
     source = open_source(folder(tmp_path, {**LLAMA, "architectures": named}))
     assert len(list_matrices(source).selected) == 1
 
