@@ -49,7 +49,7 @@ def build(config: dict[str, Any], tensors: int) -> nn.Module:
         for key, value in values.items():
             counts = value if isinstance(value, list) else [value]
             most = max((count for count in counts if isinstance(count, (int, float))), default=0)
-            if COUNTS.fullmatch(key) and most > max(REPEATS, tensors):
+            if COUNTS.fullmatch(str(key)) and most > max(REPEATS, tensors):
                 raise ValueError(f"{key} {most} for {tensors} tensors")
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(own_config(config))
     kind = model_class(architectures(config))
@@ -78,7 +78,7 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 
 def _without_code(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = (key for key, inner in value.items() if inner in OWN_CODE or not CODE.fullmatch(key))
+        kept = (key for key, inner in value.items() if inner in OWN_CODE or not CODE.fullmatch(str(key)))
         return {key: _without_code(value[key]) for key in kept}
     return [_without_code(inner) for inner in value] if isinstance(value, list) else value
 

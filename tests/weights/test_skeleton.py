@@ -84,7 +84,12 @@ def test_nothing_is_asked_of_another_repository(alone, tmp_path, config):
 
 def test_what_is_the_models_own_is_kept():
     timm = {"model_type": "detr", "use_timm_backbone": True, "backbone": "resnet50", "_attn_implementation": "eager"}
-    for config in (LLAMA, timm, {"model_type": "dpt", "backbone": "x", "backbone_config": {"model_type": "bit"}}):
+    for config in (
+        LLAMA,
+        timm,
+        {**LLAMA, "id2label": {0: "a", 1: "b"}},
+        {"model_type": "dpt", "backbone": "x", "backbone_config": {"model_type": "bit"}},
+    ):
         assert own_config(config) == config
 
 
