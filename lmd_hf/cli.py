@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import io
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from lmd_hf.hub.command import add_annotate
 from lmd_hf.options import add_settings, changed_settings, chosen_settings, refuse_for_saved
 from lmd_hf.recipes.command import add_recipe
 from lmd_hf.truncated.command import add_truncate
+from lmd_hf.visible import visible, visible_lines
 
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -39,6 +41,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, interrupt)
     for name in ("stdout", "stderr"):  # which a shell may have closed (`>&-`)
         setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # half a UTF-16 pair in a name: its escape is JSON's own
     code = run()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -242,7 +246,7 @@ def _analyze_several(options: argparse.Namespace, world: Any) -> None:
     if options.json:
         print(json.dumps([report.to_dict() for _, report in named], indent=1, ensure_ascii=False))
     elif not options.quiet:
-        print("\n\n".join(f"{name}\n{report.summary()}" for name, report in named))
+        print("\n\n".join(f"{visible(name)}\n{report.summary()}" for name, report in named))
     for line in failed:
         _say(f"lmd-hf: {line}")
     if failed:
@@ -348,7 +352,7 @@ def _card(options: argparse.Namespace) -> None:
         changed = changed_settings(_settings(), options) + changed_settings(_thresholds(), options)
         refuse_for_saved(options.model, [n for n in (*WHERE, "before", "reuse") if getattr(options, n)] + changed)
     text = report.card()
-    print(json.dumps({"card": text}) if options.json else text, end="\n" if options.json else "")
+    print(json.dumps({"card": text}) if options.json else visible_lines(text), end="\n" if options.json else "")
     _check_complete(report)
 
 
@@ -363,7 +367,7 @@ def _cache(options: argparse.Namespace) -> None:
         return
     for entry in kept:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed))
-        print(f"{entry.model}  {entry.matrices} matrices  {entry.bytes / 1e6:.1f} MB  {when}")
+        print(f"{visible(entry.model)}  {entry.matrices} matrices  {entry.bytes / 1e6:.1f} MB  {when}")
     if not options.quiet:
         verb = "kept" if options.action == "list" else "removed"
         _say(f"{sum(entry.bytes for entry in kept) / 1e6:.1f} MB of {len(kept)} models {verb}")
@@ -392,5 +396,5 @@ def _begin(options: argparse.Namespace) -> None:
 
 def _say(text: str, code: int = EXIT_DONE) -> int:
     if rank() == 0:  # of several processes one speaks: what goes wrong on one rank ends them all, and rank 0 says it
-        print(text, file=sys.stderr)
+        print(visible(text), file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lmd_hf
 from lmd_hf import cli, pipeline
 from lmd_hf.run.journal import folder_name
 
@@ -357,3 +358,42 @@ def test_what_the_disk_refuses_of_one_model_stops_no_other(save, tmp_path, capsy
     assert f"{models[0]}: cannot write to" in err
     assert "Permission denied" in err
     assert "2 of 3 models failed; the others are done" in err
+
+
+HOSTILE = "a\x1b[2J\x07\r\n\x9b31m\ud800"  # what clears a screen, rings, forges a line, colours, or is no character
+
+
+def hostile(folder, name=HOSTILE, stop=96):
+    """A checkpoint of one tensor of that name."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, stop]}}).encode()
+    data = torch.randn(6, 4).numpy().tobytes()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return folder
+
+
+def is_plain(text):
+    return not any((c < " " and c != "\n") or "\x7f" <= c <= "\x9f" for c in text)
+
+
+def test_names_of_others_reach_no_terminal_as_they_are(capsys, tmp_path):
+    code, out, err = call(capsys, "analyze", hostile(tmp_path), "--out", tmp_path / "out")
+    assert (code, is_plain(out + err)) == (0, True)
+    assert r"a\x1b[2J\x07\r\n\x9b31m\ud800" in out
+    saved = lmd_hf.Report.load(tmp_path / "out")
+    assert saved.matrices[0].name == HOSTILE
+    code, out, _ = call(capsys, "card", tmp_path / "out")
+    assert (code, is_plain(out)) == (0, True)
+    code, out, err = call(capsys, "compare", tmp_path, tmp_path)
+    assert (code, is_plain(out + err)) == (0, True)
+    done = run("analyze", tmp_path, "--json")
+    assert json.loads(done.stdout)["matrices"][0]["name"] == HOSTILE
+
+
+def test_names_of_others_in_errors_are_one_plain_line(capsys, tmp_path):
+    code, out, err = call(capsys, "analyze", hostile(tmp_path, stop=90))
+    assert (code, out, err.count("\n"), is_plain(err)) == (1, "", 1, True)
+    promised = {"weight_map": {HOSTILE: "model-1.safetensors", "b": "model-1.safetensors"}}
+    hostile(tmp_path, name="b").joinpath("model.safetensors").rename(tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(promised))
+    code, out, err = call(capsys, "analyze", tmp_path)
+    assert (code, out, err.count("\n"), is_plain(err)) == (1, "", 1, True)

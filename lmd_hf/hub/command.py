@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.visible import visible, visible_lines
 
 
 if TYPE_CHECKING:
@@ -135,28 +136,28 @@ def _edit_local(models: list[str], options: argparse.Namespace) -> None:
         raise SettingsError(f"--to edits one card, and {len(models)} models are named; give one")
     draft = annotate_file(models[0], options.to)
     for note in draft.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(visible(f"note: {note}"), file=sys.stderr)
     if options.json:
         print(json.dumps({"model": models[0], "card": str(options.to), "marks": draft.marks, "notes": draft.notes}))
     elif not options.quiet:
-        print(draft.diff(), end="")
+        print(visible_lines(draft.diff()), end="")
 
 
 def _tell(outcome: "Outcome", options: argparse.Namespace) -> None:
     """One model: its diff in a dry run, else a line on stderr."""
     address = f" {outcome.url}" if outcome.url else ""
-    print(f"{outcome.model}: {outcome.status}, {outcome.reason}{address}", file=sys.stderr)
+    print(visible(f"{outcome.model}: {outcome.status}, {outcome.reason}{address}"), file=sys.stderr)
     if outcome.draft is not None:
         for note in outcome.draft.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(visible(f"note: {note}"), file=sys.stderr)
         if outcome.status == "drafted" and not options.quiet:
-            print(outcome.draft.diff(), end="")
+            print(visible_lines(outcome.draft.diff()), end="")
 
 
 def _table(outcomes: "list[Outcome]") -> str:
     from tabulate import tabulate
 
-    rows = [(outcome.model, outcome.status, outcome.reason) for outcome in outcomes]
+    rows = [(outcome.model, outcome.status, visible(outcome.reason)) for outcome in outcomes]
     return tabulate(rows, headers=("model", "status", "why"), disable_numparse=True)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmd_hf.errors import SettingsError
 from lmd_hf.options import add_settings, changed_settings, chosen_settings, refuse_for_saved
+from lmd_hf.visible import visible
 
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def lora_command(options: argparse.Namespace) -> None:
         print(json.dumps(told | {"lmd": facts}, indent=2))
         return
     if not options.quiet:
-        rows = [(m.name, " × ".join(map(str, m.shape)), recipe.ranks[m.name]) for m in recipe.modules]
+        rows = [(visible(m.name), " × ".join(map(str, m.shape)), recipe.ranks[m.name]) for m in recipe.modules]
         print(tabulate(rows, headers=("module", "shape", "rank")))
     of = f" of {recipe.budget:,}" if recipe.budget is not None else ""
     _say(f"{recipe.parameters:,}{of} trainable parameters in {len(recipe.ranks)} modules")
@@ -128,7 +129,7 @@ def extract_command(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False))
     elif not options.quiet:
-        rows = [(m.module, m.rank, m.update_rank, f"{m.relative_error:.1e}") for m in made.modules]
+        rows = [(visible(m.module), m.rank, m.update_rank, f"{m.relative_error:.1e}") for m in made.modules]
         print(tabulate(rows, headers=("module", "rank", "update rank", "error / ‖ΔW‖"), disable_numparse=True))
     _say(f"wrote {options.out}/: {made.parameters:,} parameters in {len(made.modules)} modules")
     for name, reason in made.left_out.items():
@@ -189,4 +190,4 @@ def _write(options: argparse.Namespace, told: dict[str, Any]) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from lmd_hf.changes import MatrixChange, Unmatched
 from lmd_hf.records import ModelIdentity
 from lmd_hf.report.text import by_role, matrix_label, percent, rounded, spread
+from lmd_hf.visible import visible
 
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def summary(comparison: "Comparison") -> str:
     """The two models, coverage, the change as a whole, key figures by role, and what was not compared."""
     roles = [role_row(*item) for item in by_role(comparison.matrices)]
     lines = [
-        f"{identity(comparison.base)} → {identity(comparison.tuned)}",
-        *headlines(comparison),
-        *(f"note: {note}" for note in comparison.coverage["notes"]),
+        visible(f"{identity(comparison.base)} → {identity(comparison.tuned)}"),
+        *map(visible, headlines(comparison)),
+        *(visible(f"note: {note}") for note in comparison.coverage["notes"]),
         "",
         tabulate(roles, headers=ROLE_COLUMNS, disable_numparse=True),
         *(["", WELL_DEFINED] if any(m.degenerate for m in comparison.matrices) else []),
-        *(["", *unmatched_lines(comparison, LISTED)] if comparison.unmatched else []),
+        *(["", *map(visible, unmatched_lines(comparison, LISTED))] if comparison.unmatched else []),
     ]
     return "\n".join(lines)
 

@@ -118,7 +118,7 @@ def _with_spectra(matrices: tuple[Row, ...], table: Path) -> tuple[Row, ...]:
         held: list[str] = [name for name in SPECTRA.values() if name in pyarrow.parquet.read_schema(table).names]
         rows = pyarrow.parquet.read_table(table, columns=["name", "part", *held]).to_pylist()
         spectra = {(row["name"], row["part"]): row for row in rows}
-        return tuple(_completed(matrix, spectra.get((matrix.name, matrix.part), {})) for matrix in matrices)
+        return tuple(_completed(matrix, spectra.get((_in_utf8(matrix.name), matrix.part), {})) for matrix in matrices)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
         reason, remedy = str(error).partition("\n")[0], "fetch it again (`git lfs pull`), or remove it"
         raise FormatError(
@@ -138,7 +138,7 @@ def _completed(matrix: Row, spectra: Mapping[str, Any]) -> Row:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # what UTF-8 cannot say, JSON writes so too
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -151,8 +151,19 @@ def _write_parquet(report: Report | Comparison, path: Path) -> None:
         for ranks, name in SPECTRA.items():
             if row.pop(ranks, None) is not None:
                 row[name] = getattr(matrix, name).tolist()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    _write_rows(rows, path)
 
 
 def _write_heads(report: Report, path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(report.to_dict()["heads"]), path)
+    _write_rows(report.to_dict()["heads"], path)
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    for row in rows:
+        row |= {key: _in_utf8(value) for key, value in row.items() if isinstance(value, str)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _in_utf8(text: str) -> str:
+    """A text in which what UTF-8 cannot say is escaped."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from lmd_hf.records import Estimate, MatrixRef, Plan
 from lmd_hf.report.text import percent, reasons
+from lmd_hf.visible import visible
 from lmd_hf.weights.inventory import pieces
 
 
@@ -57,13 +58,13 @@ def plan_to_text(plan: Plan, *, brief: bool = False) -> str:
     """Lines of totals, costs and the coverage to expect, and one row for each role and shape."""
     flops = sum(work.flops for work in plan.works)
     lines = [
-        f"{plan.identity.id}: {len(plan.works)} matrices, {_planned(plan):,} of {plan.parameters:,} parameters "
-        f"({percent(_planned(plan) / plan.parameters if plan.parameters else 0)}), {flops / 1e9:,.1f} GFLOP",
+        f"{visible(plan.identity.id)}: {len(plan.works)} matrices, {_planned(plan):,} of {plan.parameters:,} "
+        f"parameters ({percent(_planned(plan) / plan.parameters if plan.parameters else 0)}), {flops / 1e9:,.1f} GFLOP",
         *([_costs(plan.estimate)] if plan.estimate else []),
-        *(f"note: {note}" for note in plan.notes),
+        *(visible(f"note: {note}") for note in plan.notes),
     ]
     if plan.skipped:
-        lines.append(f"skipped: {reasons(plan.skipped)}")
+        lines.append(visible(f"skipped: {reasons(plan.skipped)}"))
     if not brief:
         refs = [(work.ref, work.kernel) for work in plan.works]
         rows = Counter((r.stack, r.block, r.role, r.shape, _stored(r), kernel) for r, kernel in refs)

@@ -15,6 +15,7 @@ from lmd_hf.changes import MatrixChange
 from lmd_hf.evidence import Convergence
 from lmd_hf.records import Coverage, MatrixReport, Skipped
 from lmd_hf.report.plain import Row
+from lmd_hf.visible import visible
 
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def summary(report: "Report") -> str:
     """Coverage, key figures by role, findings and convergence."""
     reused, published = report.environment.get("reused", 0), report.environment.get("published")
     lines = [
-        f"{report.model.id}{f' @ {report.model.commit[:12]}' if report.model.commit else ''}",
-        coverage_line(report.coverage),
-        *(f"note: {note}" for note in report.coverage.notes),
+        visible(f"{report.model.id}{f' @ {report.model.commit[:12]}' if report.model.commit else ''}"),
+        visible(coverage_line(report.coverage)),
+        *(visible(f"note: {note}") for note in report.coverage.notes),
         *([f"{reused:,} spectra from an earlier run (`lmd-hf cache clear` removes them)"] if reused else []),
         *([f"published result, from {published}"] if published else []),
         *filter(None, (kernels_line(report.matrices),)),
@@ -49,8 +50,8 @@ def summary(report: "Report") -> str:
         tabulate([role_row(*item) for item in by_role(report.matrices)], headers=ROLE_COLUMNS, disable_numparse=True),
         "",
         *_of_data(report.matrices),
-        *(f"{f.signature}: {f.status} ({f.text})" for f in report.findings),
-        *(f"{'  ' if i else 'convergence: '}{t}" for i, t in enumerate(convergence_lines(report.convergence))),
+        *(visible(f"{f.signature}: {f.status} ({f.text})") for f in report.findings),
+        *(visible(f"{'  ' if i else 'convergence: '}{t}") for i, t in enumerate(convergence_lines(report.convergence))),
     ]
     return "\n".join(lines)
 
@@ -241,7 +242,7 @@ def kernels_line(matrices: tuple[MatrixReport, ...]) -> str:
 def matrix_label(matrix: MatrixReport | MatrixChange) -> str:
     """`attention q`, `moe up expert 3`; outside the blocks the tensor's own name."""
     if not matrix.block:
-        return matrix.name.removesuffix(".weight")
+        return visible(matrix.name.removesuffix(".weight"))
     expert = matrix.part if matrix.part.startswith("expert") else ""
     expert = " ".join(word for word in expert.split() if word not in ("gate", "up"))
     return " ".join(filter(None, (matrix.stack, matrix.block, matrix.role, expert)))

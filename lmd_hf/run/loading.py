@@ -6,6 +6,7 @@ Through transformers, without remote code, at the commit that the source is pinn
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 from lmd_hf.compat import local_processes, run_experts_on_cpu
 from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.run.workers import pick_device
-from lmd_hf.weights.adapter import BUILD_ERRORS
 from lmd_hf.weights.lora import is_adapter
+from lmd_hf.weights.skeleton import BUILD_ERRORS, model_class, own_config
 from lmd_hf.weights.source import FileSource, Source
 
 
 Batch = dict[str, Tensor]
-FORWARD_ERRORS = (*BUILD_ERRORS, IndexError)  # what a forward pass raises on inputs that are not its own
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # a file that stands for its folder
 
 
@@ -97,16 +97,24 @@ def load_again(source: Source, place: Origin, device: str) -> nn.Module:
     """The model from its files, whatever was loaded before."""
     import transformers
 
-    names = source.identity.architectures
-    kind = getattr(transformers, names[0], None) if names else None
-    factory = (kind or transformers.AutoModel).from_pretrained
+    kind = model_class(source.identity.architectures) or transformers.AutoModel
     target = pick_device(device)
     options: dict[str, Any] = {"dtype": torch.float32}
     if target.type != "cpu":
         options = {"dtype": "auto", "device_map": "auto" if device == "auto" and local_processes() == 1 else target}
-    model: nn.Module = place.load(factory, **options, trust_remote_code=False)
+    model: nn.Module = place.load(partial(_load, kind, source.config), **options, trust_remote_code=False)
     if target.type == "cpu":
         run_experts_on_cpu(model)
+    return model
+
+
+def _load(kind: Any, config: dict[str, Any] | None, name: str, **options: Any) -> nn.Module:
+    """With a configuration of ours in the place of one that would have the code of its forward pass fetched."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config is not None and (own := own_config(config)) != config:
+        options["config"] = CONFIG_MAPPING[own["model_type"]].from_dict(own)
+    model: nn.Module = kind.from_pretrained(name, **options)
     return model
 
 
@@ -129,7 +137,7 @@ def forward(model: nn.Module, batch: Batch, **more: Any) -> Any:
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     try:
         return model(**{name: value.to(device) for name, value in batch.items()}, **more)
-    except FORWARD_ERRORS as error:
+    except BUILD_ERRORS as error:
         told = f"{type(model).__name__} fails on this data ({first_line(error)})"
         raise SettingsError(f"{told}; shorter texts (--seq-len) or a dataset of its own kind may help") from None
 
@@ -141,6 +149,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _refuse_code(identifier: str, config: dict[str, Any] | None) -> None:
+    try:
+        own_config(config or {})
+    except ValueError as error:
+        raise SourceError(f"{identifier}: {error}; its weights alone work in the metrics identity and norm") from None
     model_type, code = (config or {}).get("model_type"), (config or {}).get("auto_map")
     if not code:
         return

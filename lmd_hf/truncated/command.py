@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmd_hf.errors import OutputError
 from lmd_hf.options import add_settings, chosen_settings
 from lmd_hf.records import Settings
+from lmd_hf.visible import visible
 
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def _table(truncation: "Truncation") -> str:
     from tabulate import tabulate
 
     rows = [
-        (each.name, f"{each.shape[0]} × {each.shape[1]}", each.rank, f"{each.energy:.1%}") for each in truncation.layers
+        (visible(each.name), f"{each.shape[0]} × {each.shape[1]}", each.rank, f"{each.energy:.1%}")
+        for each in truncation.layers
     ]
     table = tabulate(rows, headers=("layer", "shape", "axes", "energy kept"), disable_numparse=True)
     (before, after), (first, last) = truncation.parameters, truncation.selected

@@ -19,8 +19,8 @@ from lmd_hf.run.asked import hub_id
 from lmd_hf.truncated.base import COMPANIONS, read_companions, sharing
 from lmd_hf.truncated.card import card_text
 from lmd_hf.truncated.record import FactoredLayer, Truncation
-from lmd_hf.weights.adapter import BUILD_ERRORS
 from lmd_hf.weights.answers import told
+from lmd_hf.weights.skeleton import BUILD_ERRORS, own_config
 
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
@@ -176,7 +176,7 @@ def _build(values: dict[str, Any], truncation: Truncation, name: str) -> nn.Modu
     if kind is None or values.get("model_type") not in CONFIG_MAPPING:
         raise SourceError(f"{name}: this transformers has no '{architecture}'; upgrade it (no remote code is ever run)")
     try:
-        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(own_config(values))
         with init_empty_weights():
             model: nn.Module = kind(config)
             for layer in truncation.layers:

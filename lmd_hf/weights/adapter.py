@@ -4,26 +4,20 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lmd_hf.compat import Target, checkpoint_key_map
+from lmd_hf.compat import Target, checkpoint_key_map, unreachable_errors
 from lmd_hf.records import Weight
 from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
 from lmd_hf.weights.lora import is_adapter
+from lmd_hf.weights.skeleton import BUILD_ERRORS, build
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# What building an unusual configuration raises: a missing class or package, a value it does not understand.
-BUILD_ERRORS = (
-    *(ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError, OSError),
-    StrictDataclassError,
-)
-
-
-_NORMED = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1|weight_v)$")  # weight normalisation
+# The tensor, of those that a weight is computed from, that has its shape.
+_MADE = re.compile(r"^(.*?)\.?(?:parametrizations\.weight\.original1?|weight_v|weight_orig)$")
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module
     """The place of every tensor: from a live module, from the configuration's meta model, or from names alone."""
     notes: list[str] = []
     if module is None:
-        module = _meta_model(config, notes)
+        module = _meta_model(config, len(weights), notes)
         mapped = checkpoint_key_map(module, [w.name for w in weights]) if module is not None else {}
     else:
         mapped = {weight.name: Target(weight.name) for weight in weights}
@@ -95,7 +89,7 @@ def _config_values(module: nn.Module, config: dict[str, Any] | None) -> dict[str
     return parsed.to_dict() if hasattr(parsed, "to_dict") else config
 
 
-def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | None:
+def _meta_model(config: dict[str, Any] | None, tensors: int, notes: list[str]) -> nn.Module | None:
     """The model class that the configuration names, on the meta device: no memory, no weights, no remote code."""
     if is_adapter(config):
         return None
@@ -108,19 +102,12 @@ def _meta_model(config: dict[str, Any] | None, notes: list[str]) -> nn.Module | 
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         notes.append(f"model_type '{model_type}' is unknown to transformers: roles are read from tensor names")
         return None
-    import transformers
-
-    name = (config.get("architectures") or [None])[0]
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(config)
-        with torch.device("meta"):
-            if name is not None and hasattr(transformers, name):
-                return getattr(transformers, name)(parsed)
-            return transformers.AutoModel.from_config(parsed, trust_remote_code=False)
-    except BUILD_ERRORS as error:
+        return build(config, tensors)
+    except (*BUILD_ERRORS, *unreachable_errors()) as error:  # a default of an old transformers asks the Hub
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         notes.append(f"transformers cannot build '{model_type}' ({reason}): roles are read from tensor names")
         return None
@@ -134,8 +121,10 @@ def _known_parameters(module: nn.Module, config: Config) -> dict[str, Place]:
         prefix = f"{path}." if path else ""
         inside = _inside(path, classes)
         for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            if is_lazy(parameter):
+                continue
             result[prefix + name] = replace(_place(path, name, child, parameter, config), inside=inside)
-            if whole := _NORMED.match(prefix + name):  # a direction and a gain that together are the module's weight
+            if whole := _MADE.match(prefix + name):
                 owner = whole.group(1)
                 place = _place(owner, "weight", classes[owner], parameter, config)
                 result[f"{owner}.weight".lstrip(".")] = replace(place, inside=_inside(owner, classes))
@@ -168,7 +157,7 @@ def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, conf
         return Place(path, "conv")
     if isinstance(owner, TRANSPOSED_CONVOLUTIONS):
         return Place(path, "conv_transposed")
-    if type(owner).__name__ == "Conv1D":
+    if type(owner).__name__.removeprefix("Parametrized") == "Conv1D":
         return Place(path, "conv1d")
     if parameter.ndim == 3 and find_container(type(owner).__name__) == "experts":
         turned = getattr(owner, "is_transposed", False) or family_fact("experts_transposed", config)

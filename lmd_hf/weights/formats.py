@@ -5,7 +5,8 @@ weight, and the function of `unpack` that computes it. Adding one is one entry o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,13 @@ from lmd_hf.weights.unpack import Unpacked
 Parts = dict[str, TensorRef]
 Read = Callable[[TensorRef], Tensor]
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FLOATS = ("F32", "F16", "BF16", "F64")
 BYTES = ("U8", "I8")
 SMALL_READS = 16  # at a time
+INGREDIENT = (
+    "one of the tensors that its weight is computed from; save a copy without the parametrisation "
+    "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_spectral_norm)"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,12 @@ def _version(number: str) -> Callable[[Parts, dict[str, Any]], bool]:
     return lambda parts, settings: (
         _is_gptq(parts, settings) and ("v2" in str(settings.get("checkpoint_format"))) == (number == "v2")
     )
+
+
+def _is_normed(parts: Parts, settings: dict[str, Any]) -> bool:
+    """Whether the first of two tensors can be the lengths of the second's slices, or its own."""
+    gain, shape = parts["gain"].shape, parts["weight"].shape
+    return not gain or (len(gain) == len(shape) and all(g in (1, w) for g, w in zip(gain, shape, strict=True)))
 
 
 def _declared_shape(parts: Parts, read: Read | None = None) -> tuple[int, ...]:
@@ -282,8 +294,16 @@ FORMATS = {
             "weight": (".parametrizations.weight.original1", ".weight_v"),
             "gain": (".parametrizations.weight.original0", ".weight_g"),
         },
-        ("F32", "F16", "BF16", "F64"),
+        FLOATS,
         _same,
+        fits=_is_normed,
+    ),
+    "pruned": Format(
+        unpack.pruned,
+        {"weight": (".weight_orig",), "mask": (".weight_mask",)},
+        FLOATS,
+        _same,
+        fits=lambda parts, settings: parts["mask"].shape == parts["weight"].shape,
     ),
 }
 
@@ -313,6 +333,15 @@ def list_weights(tensors: Iterable[TensorRef], config: dict[str, Any] | None, re
         told = dict(zip(asking, pool.map(lambda name: _shape(found[name], read), asking), strict=True))
     shapes = {name: told[name] if name in told else _shape(parts, read) for name, parts in found.items()}
     return tuple(_weight(*found[name], *shapes[name]) if name in found else _alone(t) for name, t in by_name.items())
+
+
+def is_ingredient(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is but one of those that torch computes a weight from before every forward pass."""
+    if re.search(r"(?:^|\.)parametrizations\.", name):
+        return True
+    found = re.fullmatch(r"((?:.*\.)?weight\w*)_(orig|mask|v|g)", name)
+    beside = {"orig": ("mask", "u"), "mask": ("orig",), "v": ("g", "orig"), "g": ("v",)}
+    return found is not None and any(f"{found[1]}_{ending}" in names for ending in beside[found[2]])
 
 
 def _shape(found: tuple[str, str, Parts], read: Read) -> tuple[tuple[int, ...], str]:

@@ -29,7 +29,8 @@ def read_gguf(path: Path, name: str) -> tuple[tuple[TensorRef, ...], dict[str, A
 
     try:
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        told = _config(reader)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise FormatError(f"{path}: not a readable GGUF file ({error}); download it again") from None
     tensors = []
     for tensor in reader.tensors:
@@ -37,10 +38,12 @@ def read_gguf(path: Path, name: str) -> tuple[tuple[TensorRef, ...], dict[str, A
         if start + int(tensor.n_bytes) > path.stat().st_size:
             raise FormatError(f"{path}: '{tensor.name}' ends beyond the file; truncated: download it again")
         tensors.append(TensorRef(tensor.name, name, start, start + int(tensor.n_bytes), tensor.tensor_type.name, shape))
-    return tuple(tensors), _config(reader, {tensor.name: tensor.shape for tensor in tensors})
+    rows = {tensor.name: tensor.shape[0] for tensor in tensors if tensor.shape}
+    vocabulary = {"vocab_size": rows["token_embd.weight"]} if "token_embd.weight" in rows else {}
+    return tuple(tensors), told | vocabulary
 
 
-def _config(reader: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _config(reader: Any) -> dict[str, Any]:
     def get(key: str) -> Any:
         field = reader.get_field(key)
         return None if field is None else field.contents()
@@ -54,7 +57,6 @@ def _config(reader: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_key_value_heads": get(f"{architecture}.attention.head_count_kv"),
         "head_dim": get(f"{architecture}.attention.key_length"),
         "num_local_experts": get(f"{architecture}.expert_count"),
-        "vocab_size": shapes.get("token_embd.weight", (None,))[0],
     }
     known = {key: value for key, value in values.items() if isinstance(value, int)}
     return {"model_type": gguf_types().get(architecture, architecture), **known}

@@ -36,7 +36,7 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> tupl
         )
     try:
         entries = json.loads(read(8, 8 + length))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: the header is not valid JSON ({error}); download the file again") from None
     if not isinstance(entries, dict):
         raise FormatError(f"{file}: the header is not a JSON object; the file is not safetensors")
@@ -60,7 +60,7 @@ def _tensor(file: str, name: str, entry: Any, base: int) -> TensorRef:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise FormatError(f"{file}: the entry of '{name}' lacks dtype, shape or data_offsets") from None
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise FormatError(f"{file}: '{name}' has unknown dtype '{dtype}'; known: {', '.join(sorted(BITS))}")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise FormatError(f"{file}: '{name}' has a shape or offset that is no non-negative integer")
@@ -76,7 +76,7 @@ def _declared(name: str, metadata: Any) -> tuple[str, tuple[int, ...]] | None:
     try:
         entry = json.loads(metadata[f"{module}.{leaf}"])
         kind, shape = entry["_type"], tuple(entry["_data"].get("shape", ()))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return None
     known = isinstance(kind, str) and all(type(size) is int and size > 0 for size in shape)
     return (kind, shape) if known else None

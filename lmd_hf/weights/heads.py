@@ -233,7 +233,7 @@ def _scale(row: dict[str, Any], config: Config, size: int, layer: int | None) ->
     scale = float(row.get("scale", (row.get("terms", 1) * size) ** -0.5))
     if key := row.get("scale_key"):
         value = config.get(key)
-        if not isinstance(value, (int, float)) or value <= 0:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise _UnknownError(f"the configuration does not say the '{key}' that scales its scores")
         scale = float(value) ** row["scale_power"]
     if row.get("yarn"):  # DeepSeek multiplies by what YaRN leaves out of the rotations, squared

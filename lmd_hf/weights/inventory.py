@@ -19,7 +19,7 @@ from lmd_hf.weights.families import (
     find_role,
     stack_words,
 )
-from lmd_hf.weights.formats import FP8, list_weights
+from lmd_hf.weights.formats import FP8, INGREDIENT, is_ingredient, list_weights
 from lmd_hf.weights.lora import Piece, merge, stored_pieces
 from lmd_hf.weights.named import find_tree
 from lmd_hf.weights.source import Source
@@ -98,7 +98,8 @@ def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key in which `experts.10` follows `experts.9`."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    pieces = [piece.lstrip("0") if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
+    return [(len(piece) if place % 2 else -1, piece) for place, piece in enumerate(pieces)]
 
 
 class _Context:
@@ -119,7 +120,7 @@ class _Context:
             and (role.block != "" or role.role == "ssm")
         }
         encoder_blocks = [
-            (int(m.group(2)), m.group(0)) for p in paths if (m := re.match(r"^(.*\bencoder\.\w+)\.(\d+)(?=\.)", p))
+            (int(m.group(2)), m.group(0)) for p in paths if (m := re.match(r"^(.*\bencoder\.\w+)\.(\d{1,4})(?=\.)", p))
         ]
         self.last_encoder = max(encoder_blocks, default=(0, ""))[1]
 
@@ -154,8 +155,8 @@ def _stacks(paths: list[str]) -> list[str]:
 
 
 def _split_block(path: str) -> tuple[str, str] | None:
-    """(list of blocks, index): `model.layers.3.mlp.up_proj` → (`model.layers`, `3`)."""
-    match = re.match(r"^(.*?)\.(\d+)(?:\.|$)", path)
+    """(list of blocks, index): `model.layers.3.mlp.up_proj` → (`model.layers`, `3`). No model has 10 000 layers."""
+    match = re.match(r"^(.*?)\.(\d{1,4})(?:\.|$)", path)
     return (match.group(1), match.group(2)) if match else None
 
 
@@ -170,6 +171,8 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
         return _skip(weight, weight.unread)
     if place.kind == "vector":
         return _skip(weight, "vector")
+    if weight.format == "plain" and is_ingredient(weight.name, context.weight_of):
+        return _skip(weight, INGREDIENT)
     if place.kind == "ignored":
         return _skip(weight, "buffer that the model class itself ignores")
     if place.kind == "buffer" or math.prod(weight.shape) == 0:
@@ -338,7 +341,7 @@ def _heads(config: Config) -> dict[str, int | None]:
     """Query heads, key/value heads and the size of a head, each `None` where the configuration does not tell."""
     heads = config.get("num_attention_heads", "n_head", "num_heads", "n_heads")
     hidden = config.get("hidden_size", "n_embd", "d_model", "embed_dim")
-    if not isinstance(heads, int) or not isinstance(hidden, int):
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         return {"heads": None, "kv_heads": None, "size": None}
     groups = config.get("num_kv_heads", "num_key_value_heads")
     size = config.get("head_dim") or hidden // heads

@@ -1,11 +1,15 @@
 """A module in memory, or partly elsewhere: offloaded by accelerate, or a DTensor that one process holds whole."""
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from lmd_hf.errors import NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, Weight
@@ -45,8 +49,8 @@ class Offloaded:
 
 @dataclass(frozen=True)
 class LiveSource:
-    """A live module. Parameters that share memory are one tensor with several names. `module` is `None` where only a
-    part of it is looked at, such as its adapter."""
+    """A live module. Parameters that share memory are one tensor with several names, and one that is parametrised is
+    what a forward pass uses. `module` is `None` where only a part of it is looked at, such as its adapter."""
 
     identity: ModelIdentity
     config: dict[str, Any] | None
@@ -62,11 +66,13 @@ class LiveSource:
         """A view of the parameter, nothing copied; of an offloaded one what the next forward pass would load, this
         parameter alone."""
         value = self.values[tensor.name].detach()
+        if value.layout is not torch.strided:
+            raise NoDataError(f"its layout is {value.layout}; make it dense first (to_dense)")
         if tensor.name in self.offloaded:
             value = self.offloaded[tensor.name].load().to(value.dtype)
         if value.is_meta:
             raise NoDataError("no data: it is on the meta device; load or materialise it first")
-        return value.reshape(tensor.shape)[start:stop]
+        return value.reshape(tensor.shape)[start:stop] if tensor.shape else value
 
 
 def open_live(module: nn.Module) -> LiveSource:
@@ -77,29 +83,67 @@ def open_live(module: nn.Module) -> LiveSource:
     which every process would have to enter in the same order.
     """
     config: Any = getattr(module, "config", None)
-    identifier = getattr(config, "_name_or_path", "") or type(module).__name__
+    identifier = str(getattr(config, "_name_or_path", "") or type(module).__name__)
     _refuse_flat(module, identifier)
     values: dict[str, Tensor] = {}
     offloaded: dict[str, Offloaded] = {}
-    first: dict[tuple[str, int], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     shared = []
-    hooks = _hooks(module)
+    unset = []
+    hooks, parametrised = _hooks(module), _parametrised(module)
     for name, value in module.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):  # extra state of a module, such as a quantiser's, is no parameter
             continue
+        if is_lazy(value):
+            unset.append(name)
+            continue
         elsewhere = _find(name, hooks) if value.is_meta else None
         address = elsewhere.address if elsewhere else 0  # hooks give each name a tensor of its own on the meta device
-        key = ("address", address) if address else ("object", id(value))
-        if key in first:
+        key = ("address", address) if address else _memory(value)
+        value = _local(value, name, identifier)
+        if part := next((prefix for prefix in parametrised if name.startswith(prefix)), None):
+            name, made = parametrised[part]
+            if name in values:  # another tensor that it is computed from
+                continue
+            key, value, elsewhere = ("object", id(made)), _computed(made), None
+        if first.setdefault(key, name) != name:
             shared.append((name, first[key]))
             continue
-        first[key], values[name] = name, _local(value, name, identifier)
+        values[name] = value
         if elsewhere:
             offloaded[name] = elsewhere
     tensors = tuple(TensorRef(name, "", 0, 0, dtype_name(v), tuple(v.shape)) for name, v in values.items())
     raw = config.to_dict() if hasattr(config, "to_dict") else None
     identity = replace(make_identity(identifier, None, None, raw, []), architectures=(type(module).__name__,))
-    return LiveSource(identity, raw, module, tensors, tuple(shared), values, offloaded)
+    notes = (f"not initialised, run a forward pass first: {', '.join(unset)}",) if unset else ()
+    return LiveSource(identity, raw, module, tensors, tuple(dict(shared).items()), values, offloaded, notes)
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """What two names of the same entries have in common."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or not value.data_ptr():
+        return "object", id(value)
+    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
+def _parametrised(module: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """{beginning of the names of the tensors that a parameter is computed from: (its name, what computes it)}, but for
+    weight normalisation, which is read as it is from files."""
+    found = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        forms: Any = child.parametrizations if parametrize.is_parametrized(child) else {}
+        prefix = f"{path}." if path else ""
+        for name, made in forms.items():
+            if not prefix or [type(step).__name__ for step in made] != ["_WeightNorm"]:
+                found[f"{prefix}parametrizations.{name}."] = (prefix + name, made)
+    return found
+
+
+def _computed(made: nn.Module) -> Tensor:
+    """The parameter that a forward pass uses. A copy computes it: in training, a spectral norm changes its state."""
+    with torch.no_grad():
+        value: Tensor = copy.deepcopy(made).eval()()
+    return value.detach().requires_grad_(any(each.requires_grad for each in made.parameters()))
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:

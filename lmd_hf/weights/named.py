@@ -9,6 +9,7 @@ from lmd_hf.records import Weight
 from lmd_hf.weights.adapter import Tree, places_by_name, read_tree
 from lmd_hf.weights.families import Config, find_names
 from lmd_hf.weights.formats import list_weights
+from lmd_hf.weights.repository import architectures
 from lmd_hf.weights.source import Source
 
 
@@ -37,11 +38,12 @@ def is_named(weights: tuple[Weight, ...], config: dict[str, Any] | None) -> bool
     """
     values = config or {}
     names = find_names(values.get("model_type"))
-    kind = str((values.get("architectures") or [""])[0])
+    kind = next(iter(architectures(config)), "")
     if names is None or not kind.endswith("ForCausalLM") or any(values.get(key) is None for key in names.needs):
         return False
     if not all(weight.format == "plain" and names.pattern.fullmatch(weight.name) for weight in weights):
         return False
-    layers = {int(found[1]) for weight in weights if (found := re.match(r"model\.layers\.(\d+)\.", weight.name))}
+    layers = {found[1] for weight in weights if (found := re.match(r"model\.layers\.(\d+)\.", weight.name))}
     widths = {weight.shape[-1] for weight in weights if weight.name == EMBEDDING}
-    return widths == {values.get("hidden_size")} and layers == set(range(int(values.get("num_hidden_layers") or 0)))
+    numbered = len(layers) == values.get("num_hidden_layers") and layers == {str(n) for n in range(len(layers))}
+    return numbered and list(widths) == [values.get("hidden_size")]

@@ -133,7 +133,7 @@ def read_index(data: bytes, where: str) -> Index:
     try:
         weight_map = json.loads(data)["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FormatError(f"{where}: not an index of shards (JSON with a weight_map); download it again") from None
     if not shards or not all(
         isinstance(name, str) and re.fullmatch(r"[\w.-]+\.(?:safetensors|bin)", name) for name in shards
@@ -148,11 +148,17 @@ def read_config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise FormatError(f"{path}: not a JSON object; download it again")
     return config
+
+
+def architectures(config: dict[str, Any] | None) -> tuple[str, ...]:
+    """The model classes that a configuration names."""
+    named = (config or {}).get("architectures")
+    return tuple(map(str, named)) if isinstance(named, list) else ()
 
 
 def config_file(names: list[str]) -> str:

@@ -26,6 +26,7 @@ from lmd_hf.weights.ranged import Connection, RemoteFile
 from lmd_hf.weights.repository import (
     PICKLES,
     WEIGHTS,
+    architectures,
     config_file,
     find_state,
     is_sliced,
@@ -162,7 +163,8 @@ class FileSource:
         if tensor.unread:
             raise NoDataError(tensor.unread)
         if tensor.file in self.pickles:
-            return self.pickles[tensor.file].read(tensor.name).reshape(tensor.shape)[start:stop]
+            whole = self.pickles[tensor.file].read(tensor.name)
+            return whole.reshape(tensor.shape)[start:stop] if tensor.shape else whole
         if tensor.dtype not in TORCH_DTYPES and not tensor.file.endswith(".gguf"):
             raise ValueError(f"'{tensor.name}' is stored as {tensor.dtype}, which is not read")
         rows = tensor.shape[0] if tensor.shape else 1
@@ -371,9 +373,9 @@ def make_identity(
     identifier: str, revision: str | None, commit: str | None, config: dict[str, Any] | None, files: list[WeightFile]
 ) -> ModelIdentity:
     """The identity of a model from its configuration and files."""
-    config = config or {}
-    architectures = tuple(str(name) for name in config.get("architectures") or ())
-    return ModelIdentity(identifier, revision, commit, config.get("model_type"), architectures, tuple(files))
+    model_type = (config or {}).get("model_type")
+    known = model_type if model_type is None else str(model_type)
+    return ModelIdentity(identifier, revision, commit, known, architectures(config), tuple(files))
 
 
 def unique(tensors: list[TensorRef]) -> tuple[TensorRef, ...]:

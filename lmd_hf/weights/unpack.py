@@ -289,6 +289,11 @@ def weight_norm(weight: Tensor, gain: Tensor) -> Unpacked:
     return Unpacked(weight.double() * (real(gain, "gain").double() / length), roundoff=ROUNDOFF[weight.dtype])
 
 
+def pruned(weight: Tensor, mask: Tensor) -> Unpacked:
+    """W = w · m, entry by entry (`torch.nn.utils.prune`)."""
+    return Unpacked(weight * mask.to(weight.dtype), roundoff=ROUNDOFF[weight.dtype])
+
+
 # --- what the formats share --------------------------------------------------------------------------------------
 
 

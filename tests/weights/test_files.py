@@ -383,12 +383,12 @@ GGUF_NAMES |= {"lm_head": "output", "input_layernorm": "attn_norm", "post_attent
 GGUF_NAMES |= {"model.norm": "output_norm"}
 
 
-def write_gguf(path, state, kind=gguf.GGMLQuantizationType.F32, architecture="llama"):
+def write_gguf(path, state, kind=gguf.GGMLQuantizationType.F32, architecture="llama", heads=4):
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(2)
     for name, value in state.items():
         for ours, theirs in GGUF_NAMES.items():
@@ -483,6 +483,20 @@ def test_a_damaged_gguf_file_is_one_clear_line(tmp_path, cut):
     (tmp_path / "m.gguf").write_bytes(data[:cut])
     with pytest.raises(LmdError, match=r"m\.gguf: "):
         open_source(tmp_path / "m.gguf")
+
+
+def test_gguf_metadata_that_are_no_text_are_one_clear_line(tmp_path):
+    write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": torch.randn(32, 256)})
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data.replace(b"llama", b"\xfflama", 1))
+    with pytest.raises(LmdError, match=r"m\.gguf: not a readable GGUF file"):
+        open_source(tmp_path / "m.gguf")
+
+
+def test_gguf_of_no_heads(tmp_path):
+    write_gguf(tmp_path / "m.gguf", {"blk.0.attn_qkv.weight": torch.randn(96, 32)}, heads=0)
+    report = lmd_hf.analyze(tmp_path / "m.gguf", heads=True)
+    assert sum(m.shape[0] for m in report.matrices) + sum(s.shape[0] for s in report.coverage.skipped) == 96
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "m.gguf"])

@@ -54,6 +54,9 @@ def test_what_the_library_writes_is_read_back():
         (blob({"a": 3}), "lacks dtype, shape or data_offsets"),
         (blob({"a": {"dtype": "F32"}}), "lacks dtype, shape or data_offsets"),
         (blob({"a": entry("F33")}, b"12345678"), "unknown dtype 'F33'; known: BF16"),
+        (blob({"a": entry([])}, b"12345678"), "unknown dtype"),
+        (blob(b'{"a": {"shape": [' + b"9" * 5000 + b"]}}"), "not valid JSON"),
+        (blob(b"[" * 50_000), "not valid JSON"),
         (blob({"a": entry(shape=(-2,))}, b"12345678"), "no non-negative integer"),
         (blob({"a": entry(shape=(2.0,))}, b"12345678"), "no non-negative integer"),
         (blob({"a": entry(shape=(3,))}, b"12345678"), "does not fill its byte range"),
@@ -72,3 +75,8 @@ def test_all_dtypes_of_safetensors_are_known():
     for dtype, bits in BITS.items():
         data = blob({"a": entry(dtype, (8,), (0, bits))}, b"\0" * bits)
         assert read(data)[0].dtype == dtype
+
+
+def test_metadata_that_cannot_be_read_say_nothing():
+    header = {"__metadata__": {"m.weight": "[" * 50_000}, "m._weight_qdata": entry()}
+    assert read(blob(header, b"12345678"))[0].declared is None

@@ -226,3 +226,11 @@ def test_a_configuration_that_does_not_fit_is_not_believed():
         assert {each.reason for each in unformed} == {reason}
     lacking = replace(inventory, selected=tuple(ref for ref in inventory.selected if ref.role != "v"))
     assert list_heads(lacking)[1][0].reason == "there is no matrix that is its v alone"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, "x"])
+def test_a_scale_that_is_no_number_is_not_believed(value):
+    inventory = list_matrices(open_source(models.make("gemma2")))
+    heads, unformed = list_heads(replace(inventory, config=inventory.config | {"query_pre_attn_scalar": value}))
+    assert not heads
+    assert "does not say the 'query_pre_attn_scalar'" in unformed[0].reason

@@ -13,6 +13,7 @@ import torch
 import transformers as t
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
+from torch.nn.utils import prune
 
 from lmd_hf import LmdError, analyze
 from lmd_hf.weights.inventory import list_matrices
@@ -160,3 +161,93 @@ def test_what_is_spread_over_processes_is_refused_and_what_is_whole_is_read(tmp_
         else:
             assert "is a DTensor spread over 2 processes" in told[kind]
             assert "get_model_state_dict" in told[kind]
+
+
+# --- weights that are computed before every forward pass ----------------------------------------------------------
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return x.triu() + x.triu(1).T
+
+
+def parametrised(kind):
+    """A module of 8 × 8 inside another."""
+    torch.manual_seed(0)
+    made, inner = nn.utils.parametrizations, nn.Linear(8, 8)
+    if kind == "symmetric":
+        nn.utils.parametrize.register_parametrization(inner, "weight", Symmetric())
+    elif kind == "pruned":
+        prune.random_unstructured(inner, "weight", amount=0.7)
+    elif kind == "weight_norm, whole":
+        made.weight_norm(inner, dim=None)
+    else:
+        getattr(made, kind)(inner)
+        inner.parametrizations.weight[0].training = True
+    return nn.Sequential(inner)
+
+
+KINDS = ["symmetric", "pruned", "weight_norm, whole", "weight_norm", "orthogonal", "spectral_norm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parametrised_weight_is_what_the_forward_pass_uses(kind):
+    model = parametrised(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (row,) = analyze(model).matrices
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    used = torch.linalg.svdvals(model.eval()[0].weight.detach().double())
+    np.testing.assert_allclose(row.singular_values, used, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parametrised_module_by_itself_and_a_transposed_one():
+    weight = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)).requires_grad_(False)
+    weight.parametrizations.weight.original0.mul_(1.7)
+    assert analyze(weight).matrices[0].frobenius_norm == pytest.approx(float(weight.weight.norm()))
+    turned = t.pytorch_utils.Conv1D(6, 8)
+    nn.utils.parametrizations.spectral_norm(turned)
+    assert analyze(nn.Sequential(turned)).matrices[0].shape == (6, 8)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "old spectral_norm", "old weight_norm"])
+def test_a_parametrised_weight_on_disk_is_read_right_or_listed(tmp_path, kind):
+    model = parametrised(kind) if "old" not in kind else nn.Sequential(nn.LSTM(8, 8))
+    if "old" in kind:
+        getattr(nn.utils, kind.removeprefix("old "))(model[0], "weight_hh_l0")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    report = analyze(tmp_path)
+    used = [float(model[0].weight.norm())] if kind in ("pruned", "weight_norm", "weight_norm, whole") else []
+    assert [m.frobenius_norm for m in report.matrices if "ih" not in m.name] == pytest.approx(used)
+    assert used or any("save a copy without the parametrisation" in item.reason for item in report.coverage.skipped)
+
+
+# --- odd parameters ------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_one_memory_are_one():
+    a, b, c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    b.weight.data, c.weight.data = a.weight.data, a.weight.data.T
+    found = analyze(nn.ModuleDict({"a": a, "b": b, "c": c}))
+    assert [m.name for m in found.matrices] == ["a.weight", "c.weight"]
+    assert [(alias.name, alias.of) for alias in found.coverage.aliases] == [("b.weight", "a.weight")]
+
+
+@pytest.mark.parametrize("turned", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_a_sparse_parameter_is_listed(turned):
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(turned(torch.eye(4)), requires_grad=False)
+    (reason,) = [item.reason for item in analyze(module).coverage.skipped if item.name == "weight"]
+    assert "to_dense" in reason
+
+
+def test_a_module_that_is_not_initialised_is_listed():
+    found = analyze(nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(5)))
+    assert [m.name for m in found.matrices] == ["0.weight"]
+    assert found.coverage.notes == ("not initialised, run a forward pass first: 1.weight, 1.bias",)
+
+
+def test_a_name_that_is_no_text():
+    module = nn.Linear(4, 4)
+    module.config = t.PretrainedConfig()
+    module.config._name_or_path = 5
+    assert "5" in analyze(module)._repr_html_()

@@ -105,3 +105,18 @@ def test_an_analysis_of_a_plain_decoder_imports_no_transformers(save):
 def test_activations_are_those_of_transformers(name):
     x = torch.linspace(-30, 30, 601, dtype=torch.float64)
     torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_hidden_layers": n} for n in ("x", [1], float("inf"), 2_000_000_000)),
+        *({"hidden_size": n} for n in ([32], {})),
+        *({"architectures": n} for n in (5, {"a": 1}, "LlamaForCausalLM")),
+        {"model_type": ["llama"]},
+    ],
+)
+def test_a_configuration_of_odd_types_is_left_to_transformers(change):
+    source = saved("llama")
+    source.config |= change
+    assert not known(source)

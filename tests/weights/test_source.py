@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lmd_hf
 from lmd_hf.errors import FormatError, LmdError, SourceError
 from lmd_hf.weights import source as source_module
 from lmd_hf.weights.identity import BLOCK, BLOCKS, marks, with_hashes
@@ -199,7 +200,16 @@ def test_an_index_of_another_version(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": 3}}']
+    "index",
+    [
+        "[]",
+        "{",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../../etc/passwd"}}',
+        '{"weight_map": {"a": 3}}',
+        "[" * 50_000,
+    ],
+    ids=range(6),
 )
 def test_a_broken_index(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -207,7 +217,7 @@ def test_a_broken_index(tmp_path, index):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("config", ["{", "[1]", "\x00"])
+@pytest.mark.parametrize("config", ["{", "[1]", "\x00", "[" * 50_000], ids=range(4))
 def test_a_broken_config(tmp_path, config):
     save_file({"a.weight": torch.ones(2, 4)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(config)
@@ -297,3 +307,18 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(SourceError, match="not a weight file"):
         open_source(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("layer", ["9" * 5000, "9" * 20, "99999999", "²"])
+def test_a_number_that_is_no_layer(tmp_path, layer):
+    save_file(
+        {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(3, 4) for n in ("0", layer)}, tmp_path / "x.safetensors"
+    )
+    lmd_hf.analyze(tmp_path).save(tmp_path / "out")
+    assert {m.layer for m in lmd_hf.Report.load(tmp_path / "out").matrices} == {0, None}
+
+
+def test_names_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"x{n}.{m}.weight" for n in (0, 2, 10) for m in (1, 9, 11)]
+    save_file({name: torch.ones(3, 4) for name in reversed(names)}, tmp_path / "x.safetensors")
+    assert [ref.name for ref in list_matrices(open_source(tmp_path)).selected] == names
