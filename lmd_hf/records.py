@@ -79,8 +79,7 @@ class Weight:
     """One weight as the network knows it: the name and shape that its module gives it, however it is stored.
 
     `format` is `plain` for a tensor that is the weight, else the layout of `tensors`, the largest of them first: packed
-    values, then scales, zero points and so on. `dtype` is that of the largest; `unread` says why they are no weight.
-    """
+    values, then scales, zero points and so on. `dtype` is that of the largest; `unread` says why they are no weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -154,8 +153,7 @@ class Alias:
 class Inventory:
     """Every stored parameter of a model, once: selected + skipped + stored aliases add up to `parameters`.
 
-    `config` is config.json, with transformers' own defaults filled in where its module tree was built.
-    """
+    `config` is config.json, with transformers' own defaults filled in where its module tree was built."""
 
     selected: tuple[MatrixRef, ...]
     skipped: tuple[Skipped, ...]
@@ -267,8 +265,7 @@ class Plan:
     """What will be done, from headers alone. `shards[rank]` holds indices into `works`, most expensive first, and
     `pieces[rank]` what that rank sums of matrices that are cut, its own ones included.
 
-    `estimate` depends on the machine and is `None` until it was measured there.
-    """
+    `estimate` depends on the machine and is `None` until it was measured there."""
 
     identity: ModelIdentity
     settings: Settings

@@ -162,17 +162,14 @@ def _split_block(path: str) -> tuple[str, str] | None:
 
 def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
     place = context.tree.places[weight.name]
-    if weight.tensors[0].unread:
-        return _skip(weight, weight.tensors[0].unread)
+    if reason := weight.tensors[0].unread:
+        return _skip(weight, reason)
     companion = _companion_of(weight, context)
     if companion is not None:
         return _skip(weight, f"companion of {companion}")
-    if weight.unread:
-        return _skip(weight, weight.unread)
-    if place.kind == "vector":
-        return _skip(weight, "vector")
-    if weight.format == "plain" and is_ingredient(weight.name, context.weight_of):
-        return _skip(weight, INGREDIENT)
+    ingredient = INGREDIENT if weight.format == "plain" and is_ingredient(weight.name, context.weight_of) else ""
+    if reason := weight.unread or ("vector" if place.kind == "vector" else ingredient):
+        return _skip(weight, reason)
     if place.kind == "ignored":
         return _skip(weight, "buffer that the model class itself ignores")
     if place.kind == "buffer" or math.prod(weight.shape) == 0:

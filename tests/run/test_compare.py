@@ -141,13 +141,13 @@ def test_a_model_and_its_fp8_copy_have_no_update(save, tmp_path):
 
 
 def test_what_could_not_be_read_is_said_and_the_rest_is_there(save, tmp_path):
-    """A file that shrinks after its header was read, as a download under way does."""
+    """One file of several that shrinks after its header was read, as a download under way does."""
     folder = tmp_path / "model"
-    shutil.copytree(save("llama"), folder)
+    shutil.copytree(save("llama", max_shard_size="20KB"), folder)
     base, tuned = open_source(save("llama")), open_source(folder)
     matching = match(list_matrices(base), list_matrices(tuned), Settings())
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    shard = max(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
     changes = compare_all(matching, base, tuned)
     assert changes.matrices
     assert changes.unmatched

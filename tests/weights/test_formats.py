@@ -299,9 +299,10 @@ def test_weight_norm(tmp_path, names):
 
 
 def test_a_gain_that_may_belong_to_either_axis_is_refused(tmp_path):
-    tensors = {"m.weight_v": torch.ones(8, 8), "m.weight_g": torch.ones(8)}
-    with pytest.raises(ValueError, match="belongs to no axis"):
-        read(tmp_path, tensors)
+    save_file({"m.weight_v": torch.ones(8, 8), "m.weight_g": torch.ones(8)}, tmp_path / "model.safetensors")
+    inventory = list_matrices(open_source(tmp_path))
+    assert not inventory.selected
+    assert any(item.name == "m.weight_v" and "is computed from" in item.reason for item in inventory.skipped)
 
 
 def test_a_live_module_with_weight_norm_too():
