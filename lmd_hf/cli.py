@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from lmd_hf import __version__
 from lmd_hf.compat import rank
-from lmd_hf.errors import LmdError, OutputError, SettingsError, SourceError
+from lmd_hf.errors import LmdError, OutputError, ProcessError, SettingsError, SourceError
 from lmd_hf.experiments.command import add_reproduce
 from lmd_hf.hub.command import add_annotate
 from lmd_hf.options import add_settings, changed_settings, chosen_settings, refuse_for_saved
@@ -74,7 +74,7 @@ def run(arguments: list[str] | None = None) -> int:
     except LmdError as error:
         if debug:
             raise
-        return _say(f"lmd-hf: {error}", EXIT_ERROR)
+        return _say(f"lmd-hf: {error}", EXIT_ERROR, alone=isinstance(error, ProcessError))
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         return EXIT_DONE
     except OSError as error:
@@ -394,7 +394,7 @@ def _begin(options: argparse.Namespace) -> None:
     disable_progress_bars()
 
 
-def _say(text: str, code: int = EXIT_DONE) -> int:
-    if rank() == 0:  # of several processes one speaks: what goes wrong on one rank ends them all, and rank 0 says it
+def _say(text: str, code: int = EXIT_DONE, *, alone: bool = False) -> int:
+    if alone or rank() == 0:  # of several processes one speaks: what goes wrong on a rank ends all, and rank 0 says it
         print(visible(text), file=sys.stderr)
     return code

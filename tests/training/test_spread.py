@@ -198,4 +198,7 @@ if __name__ == "__main__":
     told["warnings"] = [str(warning.message) for warning in seen if "LMDCallback" in str(warning.message)]
     if dist.get_rank() == 0:
         sys.stdout.write(f"TOLD {json.dumps(told)}\n")
+        sys.stdout.flush()
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # past the end of Python, where a thread that torch still has now and then aborts the process
