@@ -131,7 +131,7 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
         data=Data(str(data)) if isinstance(data, (str, Path)) else data,
     )
     check_types(settings)
-    if bool(rank) != (factors is not None):
+    if rank < 0 or (rank > 0) != (factors is not None):
         raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
     request = Request(
         settings,

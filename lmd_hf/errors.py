@@ -27,3 +27,9 @@ class OutputError(LmdError):
 
 class ProcessError(LmdError):
     """Another process of this run cannot be reached, or has ended; what is finished is kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmd_hf import __version__
 from lmd_hf.circuits import Heads
-from lmd_hf.errors import LmdError, SettingsError, SourceError
+from lmd_hf.errors import LmdError, SettingsError, SourceError, first_line
 from lmd_hf.evidence import Evidence, Thresholds
 from lmd_hf.records import Inventory, MatrixRef, ModelIdentity, Plan, Settings
 from lmd_hf.report.build import build_report
@@ -26,7 +26,6 @@ from lmd_hf.run.execute import HeadStart, Output, execute, head_start, traffic, 
 from lmd_hf.run.focus import with_focus
 from lmd_hf.run.heads import measure_heads
 from lmd_hf.run.journal import Journal, open_journal
-from lmd_hf.run.loading import first_line
 from lmd_hf.run.mlps import measure_mlps
 from lmd_hf.run.plan import make_plan, plan_heads, plan_mlps
 from lmd_hf.run.progress import progress_bar

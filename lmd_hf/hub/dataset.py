@@ -74,10 +74,9 @@ def push_results(
             create_pr=create_pr,
         )
 
-    done = told(
-        hub_id(dataset_id), push
-    )  # not again by itself: after a lost answer a second commit would be empty, a second
-    return str(done.pr_url or done.commit_url)  # pull request would not
+    # not again by itself: after a lost answer a second commit would be empty, a second pull request would not
+    done = told(hub_id(dataset_id), push)
+    return str(done.pr_url or done.commit_url)
 
 
 def load_results(

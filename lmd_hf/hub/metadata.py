@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from lmd_hf.errors import first_line
+
 
 BOM = "\ufeff"
 _ITEM = re.compile(r"[ \t]*-[ \t]+")  # what stands before an item of a block list, and nothing else on its line
@@ -53,7 +55,7 @@ def add_tag(card: str, tag: str) -> tuple[str, str | None]:
         before = yaml.safe_load(block) or {}
         root = yaml.compose(block, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        return card, f"the metadata is not valid YAML ({_first_line(error)})"
+        return card, f"the metadata is not valid YAML ({_problem(error)})"
     if not isinstance(before, dict):
         return card, "the metadata is not a mapping"
     tags = before.get("tags")
@@ -123,7 +125,7 @@ def _spelled(metadata: dict[str, Any]) -> dict[str, str]:
     return {str(key): repr(value) for key, value in metadata.items()}
 
 
-def _first_line(error: Exception) -> str:
+def _problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or first_line(error)
     return f"{problem}, line {mark.line + 1}" if mark is not None else problem

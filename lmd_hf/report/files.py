@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from lmd_hf.errors import FormatError, OutputError, SourceError
+from lmd_hf.errors import FormatError, OutputError, SourceError, first_line
 from lmd_hf.report.compare import Comparison
 from lmd_hf.report.plain import SPECTRA, Row
 from lmd_hf.report.report import Report
@@ -120,7 +120,7 @@ def _with_spectra(matrices: tuple[Row, ...], table: Path) -> tuple[Row, ...]:
         spectra = {(row["name"], row["part"]): row for row in rows}
         return tuple(_completed(matrix, spectra.get((_in_utf8(matrix.name), matrix.part), {})) for matrix in matrices)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
-        reason, remedy = str(error).partition("\n")[0], "fetch it again (`git lfs pull`), or remove it"
+        reason, remedy = first_line(error), "fetch it again (`git lfs pull`), or remove it"
         raise FormatError(
             f"{table}: not the table of these spectra ({reason}); {remedy}: shortened ones are kept too"
         ) from None

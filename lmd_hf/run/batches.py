@@ -14,9 +14,9 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from torch import nn
 
-from lmd_hf.errors import SettingsError
+from lmd_hf.errors import SettingsError, first_line
 from lmd_hf.records import Data
-from lmd_hf.run.loading import Batch, Origin, first_line
+from lmd_hf.run.loading import Batch, Origin
 from lmd_hf.run.world import World
 
 

@@ -18,7 +18,7 @@ from lmd_hf.run.asked import NUMBER, check_type
 
 
 LAST_SHARE, LEAST_POINTS = 0.1, 10  # of a loss curve: its last tenth, but no fewer points
-LEAST_SIDE = 24  # of a matrix whose spectrum can be told from noise's
+LEAST_SIDE = 24  # the short side of a matrix whose spectrum can be told from noise's
 HUGE = 1e100  # a loss or a step beyond it is no number
 Place = tuple[str, int | None]  # stack and layer
 
@@ -216,7 +216,7 @@ def _untrained(place: Place, matrices: Sequence[MatrixReport], thresholds: Thres
 
 
 def can_look_untrained(matrix: MatrixReport) -> bool:
-    """Whether `looks_untrained` says anything: below a short side of 24 hardly a spectrum is further than 6/k from
+    """Whether `looks_untrained` says anything: below `LEAST_SIDE` hardly a spectrum is further than 6/k from
     Marchenko–Pastur, and up to 6 none can be."""
     return matrix.mp_fit_distance is not None and min(matrix.shape) >= LEAST_SIDE
 

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from transformers import activations
 
+from lmd_hf.errors import first_line
+
 
 # sup |f'|, rounded up; closed forms: GELU Φ(√2) + √2·φ(√2), hardswish 3/2, SELU 1.0507·1.6733; others on a fine grid
 GELU, SILU = 1.1290, 1.0999
@@ -70,9 +72,7 @@ def lipschitz_bound(model: nn.Module) -> float:
         with _ONE_AT_A_TIME:
             graph = _Tracer(constants).trace(model)
     except UNTRACEABLE as error:
-        raise NoBoundError(
-            f"its graph cannot be followed ({str(error).splitlines()[0] if str(error) else error!r})"
-        ) from None
+        raise NoBoundError(f"its graph cannot be followed ({first_line(error)})") from None
     bounds: dict[fx.Node, float | None] = {}  # None: does not depend on the input
     inputs = 0
     for node in graph.nodes:

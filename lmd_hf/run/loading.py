@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from torch import Tensor, nn
 
 from lmd_hf.compat import local_processes, run_experts_on_cpu
-from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.errors import SettingsError, SourceError, first_line
 from lmd_hf.run.workers import pick_device
 from lmd_hf.weights.lora import is_adapter
 from lmd_hf.weights.skeleton import BUILD_ERRORS, model_class, own_config
@@ -140,12 +140,6 @@ def forward(model: nn.Module, batch: Batch, **more: Any) -> Any:
     except BUILD_ERRORS as error:
         told = f"{type(model).__name__} fails on this data ({first_line(error)})"
         raise SettingsError(f"{told}; shorter texts (--seq-len) or a dataset of its own kind may help") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _refuse_code(identifier: str, config: dict[str, Any] | None) -> None:

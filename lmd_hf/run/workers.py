@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lmd_hf.compat import local_processes, local_rank
-from lmd_hf.errors import SettingsError
+from lmd_hf.errors import SettingsError, first_line
 from lmd_hf.records import Work
 from lmd_hf.weights.source import FileSource, Source
 
@@ -44,7 +44,7 @@ def pick_device(name: str) -> torch.device:
         with _first_call:  # which loads a GPU's eigensolvers, and must not come from two threads together
             torch.linalg.eigvalsh(torch.zeros(1, 1, dtype=torch.float64, device=device))
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise SettingsError(f"device '{name}' cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+        raise SettingsError(f"device '{name}' cannot be used ({first_line(error)}); try cpu") from None
     return device
 
 

@@ -1,7 +1,6 @@
 """The processes that share one run. A process by itself is a world of one, and nothing else differs."""
 
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 from lmd_hf.compat import local_processes, output_to_errors
-from lmd_hf.errors import LmdError, ProcessError, SettingsError
+from lmd_hf.errors import LmdError, ProcessError, SettingsError, first_line
 
 
 T = TypeVar("T")
@@ -157,7 +156,7 @@ def _talk() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch has no class of its own for it
         raise ProcessError(
-            f"another process of this run has ended or cannot be reached ({_first_line(error)}); "
+            f"another process of this run has ended or cannot be reached ({_told(error)}); "
             "run the same command again: what is finished is kept"
         ) from error
 
@@ -168,9 +167,9 @@ def _wait(message: Any, _: Tensor) -> None:
         message.wait()
 
 
-def _first_line(error: RuntimeError) -> str:
-    """The first sentence; what follows says where in torch, and where to ask."""
-    return re.split(r"\.?\s*\n|\. ", str(error))[0]
+def _told(error: RuntimeError) -> str:
+    """Its first sentence; what follows says where to ask."""
+    return first_line(error).partition(". ")[0]
 
 
 def join(device: str = "auto") -> World:
@@ -197,7 +196,7 @@ def join(device: str = "auto") -> World:
             return _meet(on_cpu=device == "cpu" or not torch.cuda.is_available())
     except RuntimeError as error:
         raise ProcessError(
-            f"the processes of this run do not reach each other ({_first_line(error)}); if they are on several "
+            f"the processes of this run do not reach each other ({_told(error)}); if they are on several "
             f"machines, set {NETWORK} on each to the interface of the network that joins them, as `ip addr` names it"
         ) from error
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lmd_hf import __version__
-from lmd_hf.errors import FormatError, OutputError, SettingsError, SourceError
+from lmd_hf.errors import FormatError, OutputError, SettingsError, SourceError, first_line
 from lmd_hf.layers.linear import LMDLinear
 from lmd_hf.report.plain import plain
 from lmd_hf.run.asked import hub_id
@@ -195,7 +195,7 @@ def _load(model: nn.Module, folder: Path, ties: dict[str, str], name: str) -> No
         state |= {alias: state[of] for alias, of in ties.items()}
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise FormatError(f"{name}: its weights do not fit its config.json ({str(error).splitlines()[0]})") from None
+        raise FormatError(f"{name}: its weights do not fit its config.json ({first_line(error)})") from None
     if missing or unexpected:
         told = f"{len(missing)} tensors are missing, {len(unexpected)} unknown, first '{[*missing, *unexpected][0]}'"
         raise FormatError(f"{name}: its weights do not fit its config.json: {told}")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lmd_hf.compat import Target, checkpoint_key_map, unreachable_errors
+from lmd_hf.errors import first_line
 from lmd_hf.records import Weight
 from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
 from lmd_hf.weights.lora import is_adapter
@@ -108,8 +109,8 @@ def _meta_model(config: dict[str, Any] | None, tensors: int, notes: list[str]) -
     try:
         return build(config, tensors)
     except (*BUILD_ERRORS, *unreachable_errors()) as error:  # a default of an old transformers asks the Hub
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        notes.append(f"transformers cannot build '{model_type}' ({reason}): roles are read from tensor names")
+        told = f"transformers cannot build '{model_type}' ({first_line(error)})"
+        notes.append(f"{told}: roles are read from tensor names")
         return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lmd_hf.errors import first_line
 from lmd_hf.records import TensorRef, Weight
 from lmd_hf.weights import gguf, unpack
 from lmd_hf.weights.grids import sizes
@@ -354,7 +355,7 @@ def _shape(found: tuple[str, str, Parts], read: Read) -> tuple[tuple[int, ...], 
 
 
 def _misfit(layout: str, error: Exception) -> str:
-    return f"its {layout} tensors do not fit together ({str(error).splitlines()[0]})"
+    return f"its {layout} tensors do not fit together ({first_line(error)})"
 
 
 def _parts(stem: str, layout: Format, by_name: dict[str, TensorRef]) -> Parts:

@@ -20,7 +20,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from lmd_hf import __version__
 from lmd_hf.compat import resolve_commit, unreachable_errors
-from lmd_hf.errors import SourceError
+from lmd_hf.errors import SourceError, first_line
 from lmd_hf.records import TensorRef, WeightFile
 from lmd_hf.weights.answers import told
 from lmd_hf.weights.header import read_header
@@ -161,7 +161,7 @@ def _download(fetch: Callable[[str], Path], repo_id: str, name: str, connection:
         with connection.lock:  # two threads that need the same shard download it once
             path = connection.cached(name) or fetch(name)
     except (OSError, HfHubHTTPError, *unreachable_errors()) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise SourceError(f"{repo_id}: cannot download {name} ({reason}); what has arrived is kept") from None
     return path
 

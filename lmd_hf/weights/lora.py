@@ -71,9 +71,7 @@ def is_adapter(config: dict[str, Any] | None) -> bool:
 def read_adapter(config: dict[str, Any]) -> Adapter:
     """The adapter's configuration; `SourceError` if a number in it is none, or a pattern cannot be matched in time."""
     kind = str(config["peft_type"])
-    told = (
-        config if kind == READ else {}
-    )  # other kinds mean other things by the same names: an OFT adapter's r may be 0
+    told = config if kind == READ else {}  # other kinds mean other things by these names: an OFT adapter's r may be 0
     try:
         return Adapter(
             kind=kind,

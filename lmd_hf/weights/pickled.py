@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmd_hf.errors import FormatError, SourceError
+from lmd_hf.errors import FormatError, SourceError, first_line
 
 
 INSIDE = ("state_dict", "model_state_dict", "module", "model")  # where trainers put the weights among other things
@@ -22,20 +22,13 @@ class Pickled:
     """What one file holds, mapped for as long as this lives.
 
     `tensors` are the model's, by name, `unread` says of some of them why their entries cannot be read. `beside` counts
-    the tensors of what is in the file and is not the model. `stamp` tells the file from one saved later.
+    the tensors of what is in the file and is not the model.
     """
 
     path: Path
-    stamp: tuple[int, ...]
     tensors: dict[str, Tensor]
     unread: dict[str, str]
     beside: dict[str, int]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor; `FormatError` if the file was saved again: of one that shrank the mapping has no bytes."""
-        if _stamp(self.path) != self.stamp:
-            raise FormatError(f"{self.path}: the file changed since it was opened; open it again")
-        return self.tensors[name]
 
     def notes(self) -> tuple[str, ...]:
         """A line that names what is in the file beside the model, if anything is."""
@@ -54,7 +47,6 @@ def read_pickled(path: Path) -> Pickled:
     the file can run. Raises `SourceError` if the file asks for more, `FormatError` if it is damaged or no such dict
     holds a tensor.
     """
-    stamp = _stamp(path)
     found = dict(_walk(_load(path)))
     models = [keys[:-1] for keys in found if all(key in INSIDE for key in keys[:-1])]
     if not models:
@@ -76,7 +68,7 @@ def read_pickled(path: Path) -> Pickled:
         tensors[name] = value
         if reason := _why_unread(value, len(keys) - len(model)):
             unread[name] = reason
-    return Pickled(path, stamp, tensors, unread, dict(beside))
+    return Pickled(path, tensors, unread, dict(beside))
 
 
 def _load(path: Path) -> object:
@@ -93,8 +85,7 @@ def _load(path: Path) -> object:
             f"{path}: holds more than tensors, and what else is in a pickle can run code; {remedy}"
         ) from None
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{path}: not a readable checkpoint ({reason}); download it again") from None
+        raise FormatError(f"{path}: not a readable checkpoint ({first_line(error)}); download it again") from None
 
 
 def _walk(loaded: object) -> Iterator[tuple[Keys, Tensor]]:
@@ -118,15 +109,6 @@ def _why_unread(value: Tensor, depth: int) -> str:
     if value.layout != torch.strided or value.is_nested:
         return "stored sparse or nested; save it as a dense tensor"
     return "in a dict or list inside of the state dict; save it there under a name of its own" if depth > 1 else ""
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What tells a file from one that is saved in its place; () if there is none."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return ()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def repeated(tensors: dict[str, Tensor]) -> dict[str, str]:

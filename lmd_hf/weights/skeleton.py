@@ -88,10 +88,12 @@ def _elsewhere(values: dict[str, Any]) -> str | None:
     arguments, inner = values.get("model_args"), values.get("backbone_config")
     if isinstance(arguments, dict) and arguments.get("checkpoint_path"):
         return str(arguments["checkpoint_path"])
-    named = [name for name in (values.get("architecture"), values.get("backbone")) if isinstance(name, str)]
-    if isinstance(inner, str) or any(":" in name for name in named):  # timm's `hf-hub:…` and `local-dir:…`
-        return inner if isinstance(inner, str) else named[-1]
+    if isinstance(inner, str):
+        return inner
     backbone = values.get("backbone")
+    for name in (values.get("architecture"), backbone):
+        if isinstance(name, str) and ":" in name:  # timm's `hf-hub:…` and `local-dir:…`
+            return name
     if inner or not isinstance(backbone, str):
         return None
     timm = values.get("use_timm_backbone", True) and not values.get("backbone_kwargs") and "/" not in backbone

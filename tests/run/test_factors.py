@@ -101,6 +101,8 @@ def test_thin_factors_give_the_factors_of_their_product():
 def test_rank_and_folder_go_together(save, tmp_path, capsys):
     with pytest.raises(SettingsError, match="go together"):
         analyze(save("llama"), rank=4)
+    with pytest.raises(SettingsError, match="go together"):
+        analyze(save("llama"), rank=-1, factors=tmp_path / "out")
     assert cli.run(["analyze", str(save("llama")), "--rank", "4"]) == 1
     assert "give --out DIR" in capsys.readouterr().err
     assert cli.run(["analyze", str(save("llama")), "--rank", "4", "--out", str(tmp_path / "out"), "-q"]) == 0

@@ -194,7 +194,7 @@ def test_a_pickle_that_is_saved_again_is_read_again(tmp_path, in_place):
     report = lmd_hf.analyze(tmp_path)
     assert report.matrices[0].shape == (3, 3)
     assert report.model.files[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(FormatError, match="changed since it was opened"):  # and neither old entries nor a bus error
+    with pytest.raises(FormatError, match="changed while it was being read"):  # and neither old entries nor a bus error
         before.read(before.tensors[0])
 
 
