@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ __all__ = [
     "run_experts_on_cpu",
     "tomllib",
     "unreachable_errors",
+    "without_tf32",
 ]
+
+_full_precision = threading.Lock()
+_precision_before: list[str | bool] = []  # of the threads in `without_tf32`: the first one's is what was asked for
 
 
 @dataclass(frozen=True)
@@ -146,3 +151,27 @@ def output_to_errors() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 on a GPU keep its 24 bits in this context, whatever the settings ask for.
+
+    The setting is one for all threads, so the last to leave puts it back. torch 2.9 has a new one, and refuses to read
+    the old one once the new one was set, as the Trainer does for `tf32=True`.
+    """
+    from torch import backends
+
+    matmul = backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(backends, "fp32_precision") else ("allow_tf32", False)
+    with _full_precision:
+        _precision_before.append(getattr(matmul, name))
+        setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        with _full_precision:
+            before = _precision_before[0]
+            _precision_before.pop()
+            if not _precision_before:  # what only came from the setting above it goes on following that
+                setattr(matmul, name, "none" if before == getattr(backends, name, None) else before)

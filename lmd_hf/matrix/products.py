@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lmd_hf.compat import without_tf32
+
 
 CHUNK_ENTRIES = 2**20  # entries of W in float64 at a time
 DEPENDENT = (
@@ -33,11 +35,8 @@ def by_numpy(function: Callable[..., Any]) -> Callable[..., Tensor]:
         if first.device.type == "cpu":
             result = function(*(each.numpy() if isinstance(each, Tensor) else each for each in arguments))
             return torch.from_numpy(result)
-        allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-        try:
+        with without_tf32():
             result = function(*arguments)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed
         assert isinstance(result, Tensor)
         return result
 

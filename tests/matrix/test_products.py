@@ -1,5 +1,8 @@
 """Products and thin decompositions: the same numbers by numpy and by torch, and orthonormal to rounding."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +79,42 @@ def test_right_svd_is_the_svd_without_its_left_side(build):
     _, true, true_vh = torch.linalg.svd(x, full_matrices=False)
     torch.testing.assert_close(s, true, rtol=1e-12, atol=0)
     torch.testing.assert_close((vh @ true_vh.T).abs(), torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+OLD = not hasattr(torch.backends, "fp32_precision")
+SETTINGS = {"old": ("torch.backends.cuda.matmul.allow_tf32", True), "none": ("torch.backends.cuda.matmul", None)}
+if not OLD:
+    SETTINGS |= {
+        "new": ("torch.backends.cuda.matmul.fp32_precision", "tf32"),
+        "for all": ("torch.backends.fp32_precision", "tf32"),
+    }
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tf32_is_off_in_products_on_a_device_and_as_it_was_afterwards(setting):
+    """Where any was asked for, by whichever setting, which torch lets nobody read through the other; two at a time."""
+    code = """
+import threading, torch
+from lmd_hf.matrix.products import by_numpy
+NAME = "allow_tf32" if OLD else "fp32_precision"
+SET
+before, inside, begun = getattr(torch.backends.cuda.matmul, NAME), [], [threading.Event() for _ in range(2)]
+
+@by_numpy
+def step(x, own, other):
+    begun[own].set()
+    begun[other].wait(30)  # both are in it, and the second leaves after the first is back
+    if own:
+        first.join(30)
+    inside.append(getattr(torch.backends.cuda.matmul, NAME))
+    return x
+
+x = torch.empty(2, device="meta")
+first, second = (threading.Thread(target=step, args=(x, own, 1 - own)) for own in range(2))
+first.start(), second.start(), first.join(), second.join()
+assert inside == [False if OLD else "ieee"] * 2, inside
+assert getattr(torch.backends.cuda.matmul, NAME) == before, "not put back"
+"""
+    name, value = SETTINGS[setting]
+    code = code.replace("OLD", str(OLD)).replace("SET", f"{name} = {value!r}" if value is not None else "")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
