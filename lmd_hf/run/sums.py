@@ -7,6 +7,7 @@ cannot read its rows says so in place of the sum; the owner then sums the whole 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,9 +94,10 @@ def _turn(piece: Piece, plan: Plan, owners: dict[int, int]) -> tuple[int, int]:
 def _summed(work: Work, piece: Piece, source: Source, device: torch.device) -> Tensor | None:
     """The lower triangle of this piece's Gram product, in main memory; `None` where its rows cannot be read."""
     try:
-        with worker_pool(1, 1):  # every core for one product
-            rows = read_long(source, work.ref, piece.start, piece.stop)
-            return with_room(lambda where: lower_gram(upload(rows, where)).cpu(), device)
+        rows = read_long(source, work.ref, piece.start, piece.stop)
+        with worker_pool(1, 1) as pool:  # every core for one product; a GPU's stream stays this worker's
+            step = partial(with_room, lambda where: lower_gram(upload(rows, where)).cpu(), device)
+            return pool.submit(step).result()
     except (SourceError, FormatError, ValueError):
         return None
 
