@@ -15,7 +15,7 @@ from huggingface_hub import (
     is_offline_mode,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers
 
 from lmd_hf import __version__
@@ -72,7 +72,10 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
             source, identity=identity, training=partial(_cached_state, api, folder, repo_id, commit, subfolder)
         )
     prefix = f"{subfolder}/" if subfolder else ""
-    listing = api.list_repo_tree(repo_id, path_in_repo=subfolder or None, recursive=True, revision=commit)
+    try:
+        listing = list(api.list_repo_tree(repo_id, path_in_repo=subfolder or None, recursive=True, revision=commit))
+    except EntryNotFoundError:
+        raise SourceError(f"{repo_id}: no folder '{subfolder}' in it; check --subfolder") from None
     sizes = {entry.path.removeprefix(prefix): entry for entry in listing if hasattr(entry, "size")}
     fetch = partial(_fetch, api, repo_id, prefix, commit)
     names, index = _weight_files(list(sizes), repo_id), None

@@ -255,7 +255,9 @@ def open_source(
     with readable(path):
         if os.path.isfile(path):
             return _open_file(path)
-        if os.path.isdir(path / subfolder):
+        if os.path.isdir(path):
+            if not os.path.isdir(path / subfolder):
+                raise SourceError(f"{model}: no folder '{subfolder}' in it; check --subfolder")
             return open_folder(path / subfolder, identifier=str(model))
     text = str(model)
     if text == EMBEDDED_ID and revision is None:

@@ -74,6 +74,18 @@ def test_a_subfolder(hub, save):
     assert report.model.model_type == "bert"
 
 
+@pytest.mark.parametrize("place", ["hub", "disk"])
+def test_a_subfolder_that_is_not_there(hub, save, tmp_path, monkeypatch, place):
+    """Nor does a folder without it pass for the repository of that name."""
+    hub.add("org/nested", {f"text_encoder/{name}": data for name, data in files_of(save("bert")).items()})
+    monkeypatch.chdir(tmp_path)
+    if place == "disk":
+        (tmp_path / "org/nested").mkdir(parents=True)
+    with pytest.raises(SourceError, match="no folder 'text_encode' in it; check --subfolder"):
+        analyze("org/nested", subfolder="text_encode")
+    assert (place == "disk") == (not hub.requests)
+
+
 def test_offline_uses_the_cache(hub, llama, monkeypatch):
     name, commit = llama
     before = analyze(name, download=True)
