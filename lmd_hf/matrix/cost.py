@@ -50,9 +50,9 @@ def exact_bytes(short: int) -> int:
 
 
 def sketch_bytes(long: int, short: int, entry: int) -> int:
-    """Memory beside W: the largest of the Krylov basis with its two images and a copy for QR, in float64, of the bases
-    of the probes, and of the exact kernel, which runs where the sketch misses its tolerance: a process that runs out of
-    memory then would lose more than workers that it could have had beside."""
+    """Memory beside W: the largest of the Krylov basis with its two images and a copy while they grow, in float64, of
+    the bases of the probes, and of the exact kernel, which runs where the sketch misses its tolerance: a process that
+    runs out of memory then would lose more than workers that it could have had beside."""
     krylov = 8 * BLOCK * STEPS * (2 * long + 2 * short)
     probes = entry * PROBES * (LANCZOS + 1) * (long + short)
     return max(krylov + 2 * 8 * MOST * (long + short), probes + 2 * 8 * MOST * (long + short), exact_bytes(short))

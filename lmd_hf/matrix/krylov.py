@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmd_hf.matrix.cost import BLOCK, MOST, STEPS
-from lmd_hf.matrix.products import orthonormal, orthonormal_rows, product, right_svd, store, thin_svd, times, without
+from lmd_hf.matrix.products import orthonormal, orthonormal_rows, product, row_svd, store, thin_svd, times, without
 
 
 UNIT_ROUNDOFF = 2.0**-53
@@ -83,7 +83,7 @@ def _candidates(
 
     With W·Q = image and WᵀW·Q = back, Wᵀu = back·z/σ̂, to the rounding of the products.
     """
-    s_K, zh = right_svd(image_KL.T)
+    s_K, zh = row_svd(image_KL)
     s_m, z_mK = s_K[:most, None], zh[:most]
     right_mS = product(z_mK, space_KS)
     floor = torch.finfo(torch.float64).tiny

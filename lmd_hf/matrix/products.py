@@ -121,18 +121,16 @@ def orthonormal(x_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
     return torch.from_numpy(np.linalg.qr(x_NK.numpy())[0]) if x_NK.device.type == "cpu" else torch.linalg.qr(x_NK).Q
 
 
-def thin_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N k"], Float[Tensor, " k"], Float[Tensor, "k K"]]:
-    """U, σ, Vᵀ."""
-    if x_NK.device.type != "cpu":
-        return torch.linalg.svd(x_NK, full_matrices=False)
-    q, r = np.linalg.qr(x_NK.numpy())
-    u, s, vh = np.linalg.svd(r, full_matrices=False)
-    return torch.from_numpy(q @ u), torch.from_numpy(s), torch.from_numpy(vh)
+def thin_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N K"], Float[Tensor, " K"], Float[Tensor, "K K"]]:
+    """U, σ, Vᵀ: Q's columns span those of X, and the K × K matrix QᵀX is small enough for LAPACK, wherever X is."""
+    q_KN = orthonormal_rows(orthonormal_rows(x_NK.T))
+    u, s, vh = (torch.from_numpy(part).to(x_NK) for part in np.linalg.svd(product(q_KN, x_NK).cpu().numpy()))
+    return product(q_KN.T, u), s, vh
 
 
-def right_svd(x_NK: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "k K"]]:
-    """σ and Vᵀ alone, from R of X = QR."""
-    if x_NK.device.type != "cpu":
-        return torch.linalg.svd(torch.linalg.qr(x_NK, mode="r").R, full_matrices=False)[1:]
-    _, s, vh = np.linalg.svd(np.linalg.qr(x_NK.numpy(), mode="r"), full_matrices=False)
-    return torch.from_numpy(s), torch.from_numpy(vh)
+def row_svd(x_KN: Float[Tensor, "K N"]) -> tuple[Float[Tensor, " K"], Float[Tensor, "K K"]]:
+    """σ, descending, and Uᵀ of X = U·Σ·Vᵀ, K ≤ N, from the eigenvectors of X·Xᵀ: σ to 1e-8 · σ₁, as rows that come of
+    float32 products are known anyway."""
+    values, vectors = np.linalg.eigh(product(x_KN, x_KN.T).cpu().numpy())
+    s_K = np.sqrt(np.maximum(values[::-1], 0))
+    return torch.from_numpy(s_K).to(x_KN), torch.from_numpy(vectors.T[::-1].copy()).to(x_KN)

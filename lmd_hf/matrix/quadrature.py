@@ -93,19 +93,18 @@ def rules(run: Bidiagonal, count: int = RULES) -> tuple[Float[np.ndarray, "P JN"
     node too close to σ = 0 does to |σ|. Each probe has its own θ, so that together the P · J rules leave no steps. −τ
     gives the same values of |σ|. Source of the rules: Golub & Meurant 2010, §6.2; of the continuation, Haydock 1980.
     """
-    from scipy.linalg import eigh_tridiagonal  # late: few plans hold matrices that are sketched
-
     probes, steps = run.alpha.shape
     off = np.empty((probes, 2 * steps - 1))
     off[:, 0::2], off[:, 1::2] = run.alpha, run.beta[:, :-1]
     phases = (np.arange(probes)[:, None] + 0.5) / probes + np.arange(count)
     last_PJ = run.beta[:, -1:] * np.tan(phases / count * math.pi / 2)
     nodes, weights = np.empty((2, probes, count, 2 * steps))
-    diagonal = np.zeros(2 * steps)
-    for probe, rule in np.ndindex(probes, count):
-        diagonal[-1] = last_PJ[probe, rule]
-        nodes[probe, rule], vectors = eigh_tridiagonal(diagonal, off[probe])
-        weights[probe, rule] = vectors[0] ** 2 / count
+    low = np.arange(2 * steps - 1)
+    t_JNN = np.zeros((count, 2 * steps, 2 * steps))  # LAPACK reads the lower triangle
+    for probe in range(probes):
+        t_JNN[:, low + 1, low], t_JNN[:, -1, -1] = off[probe], last_PJ[probe]
+        nodes[probe], vectors = np.linalg.eigh(t_JNN)
+        weights[probe] = vectors[:, 0] ** 2 / count
     return np.abs(nodes).reshape(probes, -1), weights.reshape(probes, -1)
 
 

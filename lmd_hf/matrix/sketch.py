@@ -89,7 +89,8 @@ def _energy(w_LS: Tensor) -> float:
     """‖W‖_F² in float64, a few rows at a time, which stay in the cache."""
     stored = _as_stored(w_LS)
     pieces = torch.split(stored, max(1, CHUNK_ENTRIES // stored.shape[1]))
-    return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in pieces)
+    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces])
+    return math.fsum((norms**2).tolist())
 
 
 def _lead(w_LS: Tensor, energy: float, seed: int, tolerance: float) -> Triplets | None:

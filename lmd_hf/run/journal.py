@@ -38,7 +38,7 @@ from lmd_hf.weights.stored import Rounding, Stored
 LIBRARY = "lmd_hf"  # the folder among the cached assets
 SUFFIX = ".spectra"
 VERSION = (
-    f"3 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
+    f"4 {lmd_hf.__version__}"  # the first number changes with anything that changes a spectrum: kernels, unpacking
 )
 PLACE = "@"  # how keys of places begin; one that is nothing more names none
 LONGEST_NAME = 200  # bytes of a folder's, which file systems limit to 255; of a long path its end

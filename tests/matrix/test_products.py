@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmd_hf.matrix import products
-from lmd_hf.matrix.products import cast, lengths, orthonormal_rows, right_svd, times, without
+from lmd_hf.matrix.products import cast, lengths, orthonormal_rows, times, without
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,12 +73,18 @@ def test_lengths_and_casts_keep_float64_where_it_counts():
     assert torch.equal(cast(x.double(), torch.float32), x)
 
 
-def test_right_svd_is_the_svd_without_its_left_side(build):
-    x = build(60, 12)
-    s, vh = right_svd(x)
-    _, true, true_vh = torch.linalg.svd(x, full_matrices=False)
-    torch.testing.assert_close(s, true, rtol=1e-12, atol=0)
-    torch.testing.assert_close((vh @ true_vh.T).abs(), torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
+@pytest.mark.parametrize("lowest", [1, 1e-3, 1e-7])
+def test_small_svds(build, lowest):
+    x = build(60, 12, np.geomspace(1, lowest, 12))
+    _, true, vh_true = torch.linalg.svd(x, full_matrices=False)
+    u, s, vh = products.thin_svd(x)
+    torch.testing.assert_close(s, true, rtol=0, atol=1e-14)
+    torch.testing.assert_close((u * s) @ vh, x, rtol=0, atol=1e-14)
+    torch.testing.assert_close(u.T @ u, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-14)
+    s, uh = products.row_svd(x.T)
+    torch.testing.assert_close(s, true, rtol=0, atol=1e-8 if lowest < 1e-6 else 1e-12)
+    if lowest == 1e-3:
+        torch.testing.assert_close((uh @ vh_true.T).abs(), torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 OLD = not hasattr(torch.backends, "fp32_precision")
