@@ -233,7 +233,7 @@ def _guess(weight: Weight, transposed: set[str]) -> Place:
     wide = sum(size > 1 for size in weight.shape)
     if weight.name.endswith("bias") or len(weight.shape) < 2 or (len(weight.shape) > 2 and wide < 2):
         return Place(weight.name, "vector")
-    if weight.dtype == "BOOL" or (weight.dtype[0] in "IU" and len(weight.shape) != 2):
+    if weight.dtype == "BOOL" or (weight.dtype[0] in "IU" and (len(weight.shape) != 2 or wide < 2)):
         return Place(weight.name, "buffer")
     role = find_role(path)
     if (role is not None and role.role == "embed") or re.search(fact("looked_up"), path):

@@ -15,7 +15,7 @@ _KEYS = {
     "fused": {"ends", "models", "when", "blocks", "order", "interleaved", "source"},
     "flat": {"ends", "models", "transposed", "source"},
     "norm": {"ends", "models", "when", "gain"},
-    "named": {"models", "also", "needs"},
+    "named": {"models", "kind", "also", "needs"},
     "heads": {
         "models",
         "when",
@@ -33,7 +33,7 @@ _KEYS = {
     },
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
-_TABLES = {"words", "facts", "stacks", "gguf_names", "gguf_types"}
+_TABLES = {"words", "facts", "stacks", "kinds", "gguf_names", "gguf_types"}
 _PARTS = {"qkv": ("q", "k", "v"), "k_v": ("k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -64,9 +64,15 @@ class Fused:
 
 @dataclass(frozen=True)
 class Names:
-    """The only names that a model type has, where they tell everything, and the keys that its config.json must hold."""
+    """The only names that a model type has, where they tell everything: a pattern of all, and of the number of a layer;
+    the embedding and the head that may repeat it; how its class ends; the keys that its config.json must hold, each one
+    or another of those between bars."""
 
     pattern: re.Pattern[str]
+    layer: re.Pattern[str]
+    embedding: str
+    head: str
+    ending: str
     needs: tuple[str, ...]
 
 
@@ -107,10 +113,6 @@ def _table() -> dict[str, Any]:
             row["regex"] = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.linear|\.base_layer)?$")  # it may be wrapped
     for row in table["container"]:
         row["regex"] = re.compile(row["class"])
-    for row in table["named"]:
-        row["regex"] = re.compile(
-            f"{table['facts']['named']}|{row['also']}" if "also" in row else table["facts"]["named"]
-        )
     return table
 
 
@@ -180,10 +182,21 @@ def find_heads(path: str, config: Config) -> dict[str, Any]:
     return _family_row("heads", path, config) or {}
 
 
-def find_names(model_type: str | None) -> Names | None:
+@cache
+def find_names(model_type: str) -> Names | None:
     """The names of a model type that tell everything; `None` where its modules have to be asked."""
     row = next((row for row in _table()["named"] if model_type in row["models"]), None)
-    return Names(row["regex"], tuple(row["needs"])) if row else None
+    if row is None:
+        return None
+    kind = _table()["kinds"][row["kind"]]
+    return Names(
+        pattern=re.compile("|".join([kind["names"], *([row["also"]] if "also" in row else [])])),
+        layer=re.compile(kind["layer"]),
+        embedding=kind["embedding"],
+        head=kind["head"],
+        ending=kind["class"],
+        needs=(*kind["needs"], *row["needs"]),
+    )
 
 
 def family_fact(key: str, config: Config) -> Any:

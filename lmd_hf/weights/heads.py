@@ -260,10 +260,22 @@ def _has_qk_norm(refs: list[MatrixRef], config: Config, vectors: set[str]) -> bo
 
 
 def _is_rotary(row: dict[str, Any], config: Config, layer: int | None) -> bool:
-    if "rotary" in row:
-        return bool(row["rotary"])
-    places = config.get("no_rope_layers")  # one number a layer: 0 where positions are not rotated
-    if isinstance(places, list) and layer is not None and len(places) > layer and not places[layer]:
+    if any(_of_layer(config, key, layer, 1) in (0, None) for key in fact("rotary_by_layer")):
         return False
+    kind = _of_layer(config, "layer_types", layer, "")
+    rotations = config.get("rope_parameters")
+    if isinstance(rotations, dict) and kind in rotations and rotations[kind] is None:
+        return False
+    rotary = row.get("rotary")
+    if isinstance(rotary, str):
+        return kind == rotary or not config.get("sliding_window")
+    if rotary is not None:
+        return bool(rotary)
     named = config.get("position_embedding_type", "position_embeddings_type") == "rotary"
     return named or any(config.get(key) not in (None, False, {}) for key in fact("rotary_keys"))
+
+
+def _of_layer(config: Config, key: str, layer: int | None, default: Any) -> Any:
+    """The entry for a layer of a list that the configuration may hold."""
+    entries = config.get(key)
+    return entries[layer] if isinstance(entries, list) and layer is not None and layer < len(entries) else default
