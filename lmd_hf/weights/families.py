@@ -28,6 +28,8 @@ _KEYS = {
         "by_layer",
         "rotary",
         "gate",
+        "count_key",
+        "count_divisor",
         "reason",
         "source",
     },
@@ -94,6 +96,13 @@ class Config:
             if (found := next((values[key] for key in keys if values.get(key) is not None), None)) is not None:
                 return found
         return None
+
+    def at(self, path: str) -> Any:
+        """The value at the end of keys with dots between them, `None` where one is missing."""
+        value: Any = self.values
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
 
     def of_stack(self, stack: str) -> "Config":
         """The sub-configuration of a stack (`vision_config` …), or the whole."""

@@ -121,7 +121,7 @@ def _form(refs: list[MatrixRef], config: Config, vectors: set[str]) -> list[Head
     row = find_heads(first.name.removesuffix(".weight"), config)
     if reason := row.get("reason"):
         raise _UnknownError(reason)
-    shares = _latent(one, config) if ("kv", "b") in one else _plain(one, config, gated=bool(row.get("gate")))
+    shares = _latent(one, config) if ("kv", "b") in one else _plain(one, config, row)
     scale = _scale(row, config, sum(rows.stop - rows.start for rows in shares[0][1]), first.layer)
     return [
         HeadRef(
@@ -145,16 +145,16 @@ def _form(refs: list[MatrixRef], config: Config, vectors: set[str]) -> list[Head
     ]
 
 
-def _plain(one: Members, config: Config, *, gated: bool) -> list[Share]:
+def _plain(one: Members, config: Config, row: dict[str, Any]) -> list[Share]:
     """Queries, keys and values head after head, each in a matrix of its own. H heads share H_kv of keys and values:
     head h has ⌊h·H_kv/H⌋. Where the queries are `gated`, every other block of their rows is not theirs."""
     if lacking := [role for role in "qkvo" if (role, "") not in one]:
         raise _UnknownError(f"there is no matrix that is its {' and no matrix that is its '.join(lacking)} alone")
     q, k, v, o = (one[role, ""] for role in "qkvo")
-    count = _count(config, q)
-    step = 2 if gated else 1
+    count = _count(config, q, row)
+    step = 2 if row.get("gate") else 1
     size = _divided(q, count * step)
-    if size not in (known := _sizes(config, count)):
+    if "count_key" not in row and size not in (known := _sizes(config, count)):
         stated = ", ".join(map(str, sorted(known))) or "nothing"
         raise _UnknownError(f"its {count} heads have {size} rows of queries each, the configuration says {stated}")
     groups = _divided(k, size, parts=False)
@@ -178,7 +178,7 @@ def _latent(one: Members, config: Config) -> list[Share]:
     pair = one.get(("q", "b"))
     q, q_a = (pair, one.get(("q", "a"))) if pair is not None else (one.get(("q", "")), None)
     kv_a, kv_b, o = one["kv", "a"], one["kv", "b"], one["o", ""]
-    count = _count(config, kv_b)
+    count = _count(config, kv_b, {})
     plain, rotary, value = (config.get(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     if q is None or not all(isinstance(size, int) for size in (plain, rotary, value)):
         raise _UnknownError("its low-rank pairs are not those of DeepSeek's latent attention")
@@ -212,13 +212,14 @@ def _divided(ref: MatrixRef, by: int, *, parts: bool = True) -> int:
 # --- what the configuration tells --------------------------------------------------------------------------------
 
 
-def _count(config: Config, ref: MatrixRef) -> int:
-    """The heads of the side that a path names, else of all."""
+def _count(config: Config, ref: MatrixRef, row: dict[str, Any]) -> int:
+    """The heads where the row says that they are told, or of the side that a path names, else of all."""
     sides = [f"{side}_attention_heads" for side in ("encoder", "decoder") if side in (ref.stack, *ref.name.split("."))]
-    count = config.get(*sides[-1:], *fact("head_count_keys"))
+    own = row.get("count_key")
+    count = config.get(*sides[-1:], *fact("head_count_keys")) if own is None else config.at(own)
     if not isinstance(count, int):
         raise _UnknownError("the configuration does not say how many heads it has")
-    return count
+    return count // row.get("count_divisor", 1)
 
 
 def _sizes(config: Config, count: int) -> set[int]:

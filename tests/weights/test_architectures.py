@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
 
+from lmd_hf.weights.heads import list_heads
 from lmd_hf.weights.inventory import list_matrices
+from lmd_hf.weights.source import open_source
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -93,3 +96,31 @@ def test_what_the_forward_pass_has_found_stays_right(forward_pass, name, class_n
     outcome = module.judge_forward(build(name, class_name))
     assert outcome.passed
     assert not outcome.failed
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("grounding-dino", "GroundingDinoForObjectDetection"),
+        ("neucodec", "NeuCodecModel"),
+        ("step3p7", "Step3p7ForConditionalGeneration"),
+        ("xclip", "XCLIPModel"),
+        ("xcodec2", "Xcodec2Model"),
+    ],
+)
+def test_heads_are_as_many_as_the_module_has_and_scaled_as_it_does(forward_pass, name, class_name):
+    """Of the parts of a model that count their heads in a place of their own, too."""
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
+    model = forward_pass[1](name, class_name)
+    heads, _ = list_heads(list_matrices(open_source(model)))
+    of_module = Counter(head.q[0].ref.name.rsplit(".", 2)[0] for head in heads)
+    scales = {head.q[0].ref.name.rsplit(".", 2)[0]: head.scale for head in heads}
+    assert of_module
+    for path, count in of_module.items():
+        attention = model.get_submodule(path)
+        names = [key for key in ("num_heads", "num_attention_heads") if hasattr(attention, key)]
+        own = getattr(attention, names[0]) if names else attention.config.num_attention_heads
+        assert count == own, path
+        scale = getattr(attention, "scaling", getattr(attention, "scale", None))
+        assert scale is None or scales[path] == pytest.approx(scale), path
