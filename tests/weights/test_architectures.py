@@ -1,5 +1,6 @@
 """The sweep over architectures on a fixed sample; the whole of it is `benchmarks/architectures.py`."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from lmd_hf.weights.heads import list_heads
 from lmd_hf.weights.inventory import list_matrices
@@ -124,3 +126,13 @@ def test_heads_are_as_many_as_the_module_has_and_scaled_as_it_does(forward_pass,
         assert count == own, path
         scale = getattr(attention, "scaling", getattr(attention, "scale", None))
         assert scale is None or scales[path] == pytest.approx(scale), path
+
+
+@pytest.mark.parametrize("name", ["nanochat", "neomme", "muse_glimmer_text", "qwen3", "llama"])
+def test_norms_of_queries_and_keys_are_told_though_they_have_no_gain(forward_pass, name):
+    if (class_name := MODEL_MAPPING_NAMES.get(name)) is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = forward_pass[1](name, class_name)
+    heads, _ = list_heads(list_matrices(open_source(model)))
+    names = [path for path, _ in model.named_modules() if re.search(r"\b(?:q|k|qk)_norm$", path)]
+    assert {head.qk_norm for head in heads} == {bool(names)} == {name != "llama"}
