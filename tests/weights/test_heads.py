@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
+from lmd_hf.records import Skipped
 from lmd_hf.weights.heads import list_heads, unformed_notes
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
@@ -173,6 +174,22 @@ def test_what_the_weights_leave_out_is_told(family, expected):
     heads, _ = heads_of(models.make(family))
     for head in heads:
         assert (head.biases, head.qk_norm, head.soft_cap, head.rotary) == expected
+
+
+def test_the_norm_of_an_indexer_is_none_of_the_heads():
+    inventory = list_matrices(open_source(models.make("llama")))
+    norm = Skipped("model.layers.0.self_attn.indexer.k_norm.weight", (8,), "vector")
+    heads, _ = list_heads(replace(inventory, skipped=(*inventory.skipped, norm)))
+    assert not any(head.qk_norm for head in heads)
+
+
+def test_an_attention_inside_an_attention_is_one_with_its_output():
+    sizes = {"hidden_size": 32, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 48}
+    texts = {**sizes, "vocab_size": 60}
+    model = t.FlavaModel(t.FlavaConfig(text_config=texts, image_config=sizes, multimodal_config=sizes, hidden_size=32))
+    heads, unformed = heads_of(model)
+    assert not unformed
+    assert len(heads) == 3 * 2 * HEADS
 
 
 def test_both_towers_and_files_have_their_heads(save):
