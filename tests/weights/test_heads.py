@@ -192,6 +192,12 @@ def test_an_attention_inside_an_attention_is_one_with_its_output():
     assert len(heads) == 3 * 2 * HEADS
 
 
+def test_positions_of_keypoints_are_rotary():
+    with torch.device("meta"):
+        heads, _ = heads_of(t.LightGlueForKeypointMatching(t.LightGlueConfig()))
+    assert {(head.block, head.rotary) for head in heads} == {("attention", True), ("cross_attention", False)}
+
+
 def test_both_towers_and_files_have_their_heads(save):
     inventory = list_matrices(open_source(save("clip")))
     heads, unformed = list_heads(inventory)
