@@ -27,6 +27,7 @@ _KEYS = {
         "yarn",
         "by_layer",
         "rotary",
+        "qk_norm",
         "gate",
         "reason",
         "source",

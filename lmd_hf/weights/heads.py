@@ -139,7 +139,7 @@ def _form(refs: list[MatrixRef], config: Config, vectors: set[str]) -> list[Head
             o=o,
             scale=scale,
             biases=tuple(role for (role, part), ref in one.items() if part != "a" and _has_bias(ref, vectors)),
-            qk_norm=_has_qk_norm(refs, config, vectors),
+            qk_norm=bool(row.get("qk_norm")) or _has_qk_norm(refs, config, vectors),
             soft_cap=config.get(*fact("soft_cap_keys")),
             rotary=first.block == "attention" and _is_rotary(row, config, first.layer),
         )

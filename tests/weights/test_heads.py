@@ -198,6 +198,15 @@ def test_positions_of_keypoints_are_rotary():
     assert {(head.block, head.rotary) for head in heads} == {("attention", True), ("cross_attention", False)}
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("RoFormer", (False, True)), ("NanoChat", (True, True)), ("Llama", (False, True))]
+)
+def test_norms_and_rotations_without_parameters_are_told(name, expected):
+    with torch.device("meta"):
+        heads, _ = heads_of(getattr(t, f"{name}Model")(getattr(t, f"{name}Config")(num_hidden_layers=1)))
+    assert {(head.qk_norm, head.rotary) for head in heads} == {expected}
+
+
 def test_both_towers_and_files_have_their_heads(save):
     inventory = list_matrices(open_source(save("clip")))
     heads, unformed = list_heads(inventory)
