@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from lmd_hf.compat import Target, checkpoint_key_map, unreachable_errors
 from lmd_hf.errors import first_line
 from lmd_hf.records import Weight
-from lmd_hf.weights.families import Config, fact, family_fact, find_container, find_flat, find_role
+from lmd_hf.weights.families import Config, activation_classes, fact, family_fact, find_container, find_flat, find_role
 from lmd_hf.weights.lora import is_adapter
 from lmd_hf.weights.skeleton import BUILD_ERRORS, build
 
@@ -28,7 +28,8 @@ class Place:
     `flat_transposed` (three axes that are one matrix), `vector`, `buffer`, `ignored` (the model class drops it when
     loading) and `parameter` (anything else). `inside` is the word for the class of the module that holds it:
     `attention`, `mlp` …, "" if that says nothing. `pieces` are the paths that transformers cuts it into along its first
-    axis. `module` is where it ends up, if its own name does not say so."""
+    axis. `module` is where it ends up, if its own name does not say so. `activation` is transformers' name of the one
+    activation among the modules around it, "" where there is none, or where there are several."""
 
     path: str
     kind: str
@@ -36,6 +37,7 @@ class Place:
     inside: str = ""
     pieces: tuple[str, ...] = ()
     module: str = ""
+    activation: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,20 @@ def _known_parameters(module: nn.Module, config: Config) -> dict[str, Place]:
     """{parameter or buffer name: its place} for a whole module tree."""
     result = {}
     classes = dict(module.named_modules())
+    activations = _activations(classes)
     for path, child in classes.items():
         prefix = f"{path}." if path else ""
-        inside = _inside(path, classes)
+        inside, activation = _inside(path, classes), _activation(path, activations)
         for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
             if is_lazy(parameter):
                 continue
-            result[prefix + name] = replace(_place(path, name, child, parameter, config), inside=inside)
+            place = _place(path, name, child, parameter, config)
+            result[prefix + name] = replace(place, inside=inside, activation=activation)
             if whole := _MADE.match(prefix + name):
                 owner = whole.group(1)
                 place = _place(owner, "weight", classes[owner], parameter, config)
-                result[f"{owner}.weight".lstrip(".")] = replace(place, inside=_inside(owner, classes))
+                inside, activation = _inside(owner, classes), _activation(owner, activations)
+                result[f"{owner}.weight".lstrip(".")] = replace(place, inside=inside, activation=activation)
         for name, _ in child.named_buffers(recurse=False, remove_duplicate=False):
             result[prefix + name] = Place(prefix + name, "buffer")
     return result
@@ -146,6 +151,29 @@ def _inside(path: str, modules: dict[str, nn.Module]) -> str:
         if not path or not (bare or name.endswith("Output")):
             return ""
         path = path.rpartition(".")[0]
+
+
+def _activations(modules: dict[str, nn.Module]) -> dict[str, set[str]]:
+    """{path of a module: names of the activations in it, or in what it holds}."""
+    found: dict[str, set[str]] = {}
+    for path, module in modules.items():
+        tanh = "Tanh" if getattr(module, "approximate", None) == "tanh" else ""
+        if name := activation_classes().get(type(module).__name__ + tanh):
+            for around in _around(path)[1:]:
+                found.setdefault(around, set()).add(name)
+    return found
+
+
+def _activation(path: str, activations: dict[str, set[str]]) -> str:
+    """The one activation of the nearest module around `path` that has any."""
+    names = next((activations[around] for around in _around(path) if around in activations), set())
+    return next(iter(names)) if len(names) == 1 else ""
+
+
+def _around(path: str) -> list[str]:
+    """A module and the two around it, without the whole model."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), max(len(parts) - 3, 0), -1)]
 
 
 def _place(path: str, name: str, owner: nn.Module, parameter: nn.Parameter, config: Config) -> Place:
@@ -188,7 +216,7 @@ def _converted(weight: Weight, guess: Place, target: Target, known: dict[str, Pl
         on_disk = tuple(weight.shape) != own and weight.shape[1:] == own[:0:-1]
         turned = (place.kind == "experts_transposed") != on_disk
         guess = replace(place, path=guess.path, kind="experts_transposed" if turned else "experts")
-    return replace(guess, inside=place.inside, module=target.name)
+    return replace(guess, inside=place.inside, module=target.name, activation=place.activation)
 
 
 def _ties(module: nn.Module, mapped: dict[str, Target]) -> dict[str, str]:

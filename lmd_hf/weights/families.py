@@ -36,7 +36,7 @@ _KEYS = {
     },
     "family": {"models", "gain_offset", "activation", "experts_transposed"},
 }
-_TABLES = {"words", "facts", "stacks", "kinds", "gguf_names", "gguf_types"}
+_TABLES = {"words", "facts", "stacks", "kinds", "activations", "gguf_names", "gguf_types"}
 _PARTS = {"qkv": ("q", "k", "v"), "k_v": ("k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -223,6 +223,11 @@ def fact(key: str) -> Any:
 def stack_words() -> dict[str, list[str]]:
     """{stack: components of a module path that name it}."""
     return _table()["stacks"]
+
+
+def activation_classes() -> dict[str, str]:
+    """{name of a class of modules: transformers' name of the activation}."""
+    return _table()["activations"]
 
 
 def gguf_names() -> dict[str, str]:

@@ -99,9 +99,11 @@ def _key(ref: MatrixRef) -> Key:
 
 
 def _module(name: str) -> str:
-    """The attention that holds a tensor: its name up to the last part that says so, else the module around it."""
+    """The attention that holds a tensor: its name up to the last part that says so, or the first of several in a row
+    (`attention.attention.query` beside `attention.output.dense`), else the module around it."""
     parts = name.split(".")
-    places = [place for place, part in enumerate(parts[:-1]) if re.search("att", part, re.IGNORECASE)]
+    said = [re.search("att", part, re.IGNORECASE) is not None for part in parts[:-1]]
+    places = [place for place, says in enumerate(said) if says and not (place and said[place - 1])]
     return ".".join(parts[: places[-1] + 1] if places else parts[:-2])
 
 

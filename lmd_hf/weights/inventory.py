@@ -384,9 +384,9 @@ def _finish_mlps(refs: list[MatrixRef], context: _Context) -> list[MatrixRef]:
             roles = near if "down" in near and near & {"gate", "up"} else wide
             if ref.role == "gate" and "up" not in roles:
                 ref = replace(ref, role="up")
-            path = context.tree.places[context.weight_of[ref.name]].path
-            config = context.config(path)
-            activation = family_fact("activation", config) or config.get(*fact("activation_keys"))
+            place = context.tree.places[context.weight_of[ref.name]]
+            config = context.config(place.path)
+            activation = place.activation or family_fact("activation", config) or config.get(*fact("activation_keys"))
             named = activation if isinstance(activation, str) else None
             ref = replace(ref, activation=named, gated={"gate", "up"} <= roles)
         result.append(ref)

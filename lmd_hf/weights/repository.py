@@ -147,12 +147,19 @@ def read_config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_untagged)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise FormatError(f"{path}: not a JSON object; download it again")
     return config
+
+
+def _untagged(values: dict[str, Any]) -> Any:
+    """A JSON object as it is, but for those that transformers writes in place of infinity and NaN:
+    {"__float__": "Infinity"}, as in the `time_step_limit` of Mamba-2."""
+    tag = values.get("__float__")
+    return float(tag) if len(values) == 1 and tag in ("Infinity", "-Infinity", "NaN") else values
 
 
 def architectures(config: dict[str, Any] | None) -> tuple[str, ...]:

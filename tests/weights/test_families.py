@@ -298,6 +298,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.parametrize(
     ("model_type", "class_name"),
     [
+        ("afmoe", "AfmoeForCausalLM"),
+        ("apertus", "ApertusForCausalLM"),
+        ("beam", "BeamForCausalLM"),
         ("codegen", "CodeGenForCausalLM"),
         ("cohere2", "Cohere2ForCausalLM"),
         ("deepseek_v3", "DeepseekV3ForCausalLM"),
@@ -305,6 +308,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         ("glm4", "Glm4ForCausalLM"),
         ("gpt_oss", "GptOssForCausalLM"),
         ("granitemoe", "GraniteMoeForCausalLM"),
+        ("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
+        ("jamba", "JambaForCausalLM"),
+        ("jetmoe", "JetMoeForCausalLM"),
         ("lfm2", "Lfm2ForCausalLM"),
         ("minimax_m2", "MiniMaxM2ForCausalLM"),
     ],
@@ -316,7 +322,10 @@ def test_other_decoders_are_fed_by_the_norms_of_the_table(monkeypatch, model_typ
 
     model = next(build(model_type, class_name))
     modules, seen = dict(model.named_modules()), _norms_seen(model, {"input_ids": torch.arange(1, 9)[None]})
-    folded = [ref for ref in list_matrices(open_source(model)).selected if ref.norm is not None]
+    refs = list_matrices(open_source(model)).selected
+    folded = [ref for ref in refs if ref.norm is not None]
+    inside = [ref for ref in refs if ref.role in ("q", "k", "v", "gate", "up", "router", "head")]
+    assert not [ref.name for ref in inside if ref.norm is None and ref.name.removesuffix(".weight") in seen]
     for ref in folded:
         norm, name = ref.norm.tensor.name.removesuffix(".weight"), ref.name.removesuffix(".weight")
         if name in seen:
@@ -329,3 +338,28 @@ def test_other_decoders_are_fed_by_the_norms_of_the_table(monkeypatch, model_typ
         assert torch.allclose(given, torch.zeros_like(given) if bias is None else bias.expand_as(given), atol=1e-6)
     assert {ref.block for ref in folded} >= {"attention"}
     assert {ref.block for ref in folded} & {"mlp", "moe"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name", "part", "activation"),
+    [
+        ("blip-2", "Blip2ForConditionalGeneration", "qformer", "gelu"),  # its configuration, of OPT, says relu
+        ("gpt_oss", "GptOssForCausalLM", "experts", "quick_gelu"),  # its configuration says silu
+        ("lfm2", "Lfm2ForCausalLM", "w1", "silu"),  # what the others say nowhere, or under names of their own
+        ("moonshine", "MoonshineForConditionalGeneration", "decoder", "silu"),
+        ("mpt", "MptForCausalLM", "ffn", "gelu"),
+        ("rwkv", "RwkvForCausalLM", "key", "relu2"),
+    ],
+)
+def test_the_activation_is_the_one_of_the_module(monkeypatch, model_type, class_name, part, activation):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from tiny_models import build
+
+    refs = list_matrices(open_source(next(build(model_type, class_name)))).selected
+    assert {ref.activation for ref in refs if part in ref.name and ref.block in ("mlp", "moe")} == {activation}
+
+
+def test_of_several_activations_around_a_matrix_none_is_taken():
+    mlp = nn.ModuleDict({"up_proj": nn.Linear(4, 8), "a": nn.ReLU(), "b": nn.Tanh(), "down_proj": nn.Linear(8, 4)})
+    told = list_matrices(open_source(nn.ModuleDict({"mlp": mlp})))
+    assert {(ref.role, ref.activation) for ref in told.selected} == {("up", None), ("down", None)}

@@ -14,6 +14,7 @@ from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
 from lmd_hf.compat import run_experts_on_cpu
+from lmd_hf.records import Skipped
 from lmd_hf.weights.heads import list_heads, unformed_notes
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
@@ -212,6 +213,37 @@ def test_the_layers_that_rotate_are_those_that_feel_a_rotation(model_type):
     heads, _ = heads_of(model)
     assert [head.rotary for head in heads[:: len(heads) // 4]] == feels
     assert feels == [True] * 3 + [model_type == "llama"]
+
+
+def test_the_norm_of_an_indexer_is_none_of_the_heads():
+    inventory = list_matrices(open_source(models.make("llama")))
+    norm = Skipped("model.layers.0.self_attn.indexer.k_norm.weight", (8,), "vector")
+    heads, _ = list_heads(replace(inventory, skipped=(*inventory.skipped, norm)))
+    assert not any(head.qk_norm for head in heads)
+
+
+def test_an_attention_inside_an_attention_is_one_with_its_output():
+    sizes = {"hidden_size": 32, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 48}
+    texts = {**sizes, "vocab_size": 60}
+    model = t.FlavaModel(t.FlavaConfig(text_config=texts, image_config=sizes, multimodal_config=sizes, hidden_size=32))
+    heads, unformed = heads_of(model)
+    assert not unformed
+    assert len(heads) == 3 * 2 * HEADS
+
+
+def test_positions_of_keypoints_are_rotary():
+    with torch.device("meta"):
+        heads, _ = heads_of(t.LightGlueForKeypointMatching(t.LightGlueConfig()))
+    assert {(head.block, head.rotary) for head in heads} == {("attention", True), ("cross_attention", False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("RoFormer", (False, True)), ("NanoChat", (True, True)), ("Llama", (False, True))]
+)
+def test_norms_and_rotations_without_parameters_are_told(name, expected):
+    with torch.device("meta"):
+        heads, _ = heads_of(getattr(t, f"{name}Model")(getattr(t, f"{name}Config")(num_hidden_layers=1)))
+    assert {(head.qk_norm, head.rotary) for head in heads} == {expected}
 
 
 def test_both_towers_and_files_have_their_heads(save):

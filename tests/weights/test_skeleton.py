@@ -120,3 +120,14 @@ def test_a_class_that_is_no_model_is_not_built(tmp_path, named):
 def test_a_model_type_that_is_no_name(tmp_path, model_type):
     source = open_source(folder(tmp_path, {**LLAMA, "model_type": model_type}))
     assert "unknown to transformers" in list_matrices(source).notes[0]
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("-inf"), 0.5])
+def test_infinity_as_transformers_writes_it_is_read(tmp_path, limit):
+    sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "vocab_size": 20}
+    config = transformers.Mamba2Config(**sizes, num_hidden_layers=1, time_step_limit=(0.0, limit))
+    transformers.Mamba2Model(config).save_pretrained(tmp_path)
+    found = list_matrices(open_source(tmp_path))
+    assert found.notes == ()
+    assert found.config["time_step_limit"] == [0.0, limit]
+    assert {ref.role for ref in found.selected} == {"embed", "conv", "ssm"}
