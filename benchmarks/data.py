@@ -115,9 +115,9 @@ def errors(folder: Path, data: Data, held_out: Data) -> dict[int, list[tuple[flo
         if not isinstance(tap, Tap) or ref.layer is None:
             continue
         w, one, two = read_stored(source, ref).matrix.double(), seen[tap.input], other[tap.input]
-        own = one.moments - one.mean[:, None] * one.mean
+        own = one.covariance
         shift = two.mean - one.mean
-        held = two.moments - two.mean[:, None] * two.mean + shift[:, None] * shift  # about the mean that b' takes up
+        held = two.covariance + shift[:, None] * shift  # about the mean that b' takes up
         kept = in_data.dimension.energy_rank(decompose(w, input_metric=dense(own)).s_K.numpy(), 0.90)
         cut = [decompose(w, input_metric=m, rank=kept).reconstruct() for m in (dense(own), None)]
         lost = [((w - c) @ m @ (w - c).T).trace() / (w @ m @ w.T).trace() for m in (own, held) for c in cut]

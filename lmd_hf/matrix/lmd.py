@@ -141,7 +141,7 @@ def decompose_product(product: Factored, *, rank: int | None = None) -> LMD:
     """Factor s · L · R of thin factors, L (O × r) and R (r × I), which is never multiplied out; identity metrics.
 
     With L = Q₁A and Rᵀ = Q₂B by QR, the SVD of s·A·Bᵀ (r × r) gives U and V as Q₁ and Q₂ times its own; the rest is as
-    in `decompose`. Raises `ValueError` for a rank outside 1…r, NaN or infinity.
+    in `decompose`. Raises `ValueError` for a rank outside 1…min(r, O, I), NaN or infinity.
     """
     left_OR, right_IR = product.left.to(torch.float64), product.right.to(torch.float64).T
     (q_left, a), (q_right, b) = torch.linalg.qr(left_OR), torch.linalg.qr(right_IR)

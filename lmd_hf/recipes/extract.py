@@ -30,6 +30,7 @@ from lmd_hf.run.progress import progress_bar
 from lmd_hf.run.world import World
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.lora import ROOT, is_adapter, multiplied
+from lmd_hf.weights.skeleton import BUILD_ERRORS, build
 from lmd_hf.weights.source import Source, open_source
 from lmd_hf.weights.stored import read_stored
 
@@ -100,7 +101,8 @@ def extract(
     `energy` the least that hold this share of ‖ΔW‖², at most `rank`, and no more than pays (r(O+I) ≤ O·I). With
     `kernel="sketch"` factors come from a block Krylov space; the error is measured on the stored factors either way.
     Modules that did not change have none. Embeddings are adapted too, and a head that is tied to one with it. Norms,
-    biases, experts and convolutions that changed are listed in `left_out`: with any, the adapter is not all of it.
+    biases, experts, convolutions and embeddings that are looked up in a way of their own are listed in `left_out` where
+    they changed: with any, the adapter is not all of it.
 
     `out` gets adapter_model.safetensors (float32), adapter_config.json (α = r) and lmd_extract.json. Raises
     `SettingsError` for a rank below 1, an energy outside (0, 1], equal models or an adapter in place of a model, and
@@ -184,7 +186,7 @@ def _groups(
     pairs: Sequence[Pair], base: Source, aliases: Sequence[Alias]
 ) -> tuple[list[_Group], list[tuple[Pair, str]]]:
     """The modules of the base, each with its pairs; and what is no module of its own."""
-    paths = names_in(base)
+    paths, otherwise = names_in(base), _looked_up_otherwise(base)
     ties: dict[str, list[str]] = {}
     for alias in aliases:
         if not alias.stored:
@@ -195,6 +197,8 @@ def _groups(
         ref = pair.base
         if ref.expert is not None or ref.role == "conv" or re.search(EXPERTS, ref.name):
             barred.append((pair, "an expert or a convolution: peft has no such pair for it"))
+        elif paths.get(ref.name) in otherwise:
+            barred.append((pair, "looked up by something else than the ids that it is given: peft would take those"))
         elif pair.shape != ref.shape or pair.shape != pair.tuned.shape:
             barred.append((pair, f"resized from {ref.shape} to {pair.tuned.shape}"))
         elif len(ties.get(ref.name, ())) > 1:
@@ -217,6 +221,16 @@ def _groups(
             )
         )
     return groups, barred
+
+
+def _looked_up_otherwise(base: Source) -> set[str]:
+    """The embeddings whose class computes what it looks up, such as OPT's positions; one that scales it peft knows."""
+    try:
+        model = base.module or build(base.config or {}, len(base.tensors))
+    except BUILD_ERRORS:  # as names tell no class either
+        return set()
+    found = (item for item in model.named_modules() if isinstance(item[1], nn.Embedding))
+    return {path for path, m in found if type(m).forward is not nn.Embedding.forward and not hasattr(m, "embed_scale")}
 
 
 def _extract(

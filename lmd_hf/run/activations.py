@@ -28,12 +28,13 @@ Drawn = tuple[Tensor, Tensor, Tensor]  # keys, rows (or their places), examples
 
 @dataclass(frozen=True)
 class Observed:
-    """One input over the data: `count` rows, drawn uniformly, have this mean and these second moments (float64; `None`
-    where only the graph is wanted); `rows` are a uniform sample of them, of the `examples` that they come from."""
+    """One input over the data: `count` rows, drawn uniformly, have this mean and this covariance, divisor `count`
+    (float64; `None` where only the graph is wanted); `rows` are a uniform sample of them, of the `examples` that they
+    come from."""
 
     count: int
     mean: Tensor
-    moments: Tensor | None
+    covariance: Tensor | None
     rows: Tensor
     examples: Tensor
 
@@ -85,6 +86,9 @@ def needed_tokens(widths: Iterable[int], data: Data, batches: Batches) -> int:
 class _Accumulator:
     """Running moments of one input and its reservoir.
 
+    Moments are those about `shift`, the mean of the first rows: about zero, a mean that is far larger than the spread
+    would leave nothing but rounding of the covariance.
+
     Both write into memory of their own that is taken once: rows kept piece by piece between the passes' own short-lived
     tensors would leave the heap full of holes, a gigabyte of them on a model of 90 MB.
     """
@@ -95,6 +99,7 @@ class _Accumulator:
     count: int = 0
     pending: int = 0
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    shift: Tensor | None = None
     total: Tensor | None = None
     squares: Tensor | None = None
     kept: "_Reservoir | None" = None
@@ -106,6 +111,7 @@ class _Accumulator:
         if self.kept is None or self.total is None:
             width = rows.shape[1]
             self.rows = rows.new_empty(FLUSH, width, dtype=torch.float64)
+            self.shift = rows.mean(0, dtype=torch.float64)
             self.total = self.rows.new_zeros(width)
             self.squares = self.rows.new_zeros(width, width) if self.moments else None
             self.kept = _Reservoir(self.most, width)
@@ -122,8 +128,8 @@ class _Accumulator:
     def flush(self) -> None:
         """Pending rows into the sums."""
         rows, self.pending = self.rows[: self.pending], 0
-        if self.total is not None:
-            self.total += rows.sum(0)
+        if self.total is not None and self.shift is not None:
+            self.total += rows.sub_(self.shift).sum(0)
         if self.squares is not None:
             _add_products(self.squares, rows)
 
@@ -135,16 +141,22 @@ class _Accumulator:
         if not parts:
             return Observed(0, torch.zeros(0), None, torch.zeros(0, 0), torch.zeros(0))
         count, width = sum(seen for seen, _ in shares), parts[0][1].shape[1]
-        total = world.add_up(torch.zeros(width).double() if self.total is None else self.total.cpu())
-        moments = None
+        nothing = torch.zeros(width).double()
+        total, shift = (nothing if each is None else each.cpu() for each in (self.total, self.shift))
+        mean = world.add_up(total + self.count * shift) / count
+        covariance = None
         if self.moments:
             squares = torch.zeros(width, width).double() if self.squares is None else self.squares.cpu()
-            moments = world.add_up(squares.tril() + squares.tril(-1).T) / count
-        self.total = self.squares = self.kept = None
+            off, whole = shift - mean, squares.tril() + squares.tril(-1).T
+            whole.addr_(total, off).addr_(off, total).addr_(
+                off, off, alpha=self.count
+            )  # from about shift to about mean
+            covariance = world.add_up(whole) / count
+        self.shift = self.total = self.squares = self.kept = None
         self.rows = self.rows[:0].clone()
         keys, rows, examples = (torch.cat(each) for each in zip(*parts, strict=True))
         _, rows, examples = _smallest(keys, rows, examples, self.most)
-        return Observed(count, total / count, moments, rows, examples)
+        return Observed(count, mean, covariance, rows, examples)
 
 
 class _Reservoir:

@@ -53,7 +53,7 @@ def write_factors(
     """
     matrix = stored.matrix
     if isinstance(matrix, Factored):
-        lmd = decompose_product(matrix, rank=min(rank, matrix.right.shape[0]))
+        lmd = decompose_product(matrix, rank=min(rank, len(matrix.right), *ref.shape))
     else:
         lmd = decompose(matrix, input_metric=metric, rank=min(rank, *matrix.shape))
     path = factor_file(folder, ref)

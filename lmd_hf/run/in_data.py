@@ -194,9 +194,8 @@ def gram_of(seen: Observed, graph: Graph | None, biased: bool, data: Data) -> Te
         assert graph is not None, "asked for above"
         gram = scatter(seen.rows, graph)
     else:
-        assert seen.moments is not None, "moments are kept for the complete graph"
-        mean = _center(seen, biased)
-        gram = seen.moments - mean[:, None] * mean
+        assert seen.covariance is not None, "it is kept for the complete graph"
+        gram = seen.covariance if biased else torch.addr(seen.covariance, seen.mean, seen.mean)
     if gram.trace() <= RANGE * (seen.rows.to(torch.float64) ** 2).sum() / len(seen.rows):
         return "its input never changes" + (" from a sample to its neighbours" if data.graph == "knn" else "")
     return gram

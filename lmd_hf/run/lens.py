@@ -14,9 +14,11 @@ from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.matrix.hopfield import fold, ov_circuit
 from lmd_hf.matrix.lmd import LMD, decompose, decompose_product
 from lmd_hf.records import Inventory, MatrixRef
+from lmd_hf.run.asked import TEXT, WHOLE, check_type
 from lmd_hf.run.heads import factors_of, read_matrices
 from lmd_hf.run.loading import evaluating, forward, load_model, origin
-from lmd_hf.run.taps import first_tensor
+from lmd_hf.run.taps import ONE_HOT, first_tensor
+from lmd_hf.weights.families import Config
 from lmd_hf.weights.heads import list_heads
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import FileSource, Source, open_source
@@ -99,6 +101,12 @@ def read_directions(
     With `text` the model runs on it, and the directions are those that answer most: the answer of direction i to an
     input x of the matrix is uᵢᵀWx. Raises `SettingsError` where `part` names none or several, and what `analyze` does.
     """
+    for name, value in (("axes", axes), ("tokens", tokens)):
+        check_type(name, value, WHOLE)
+        if value < 1:
+            raise SettingsError(f"{name} is {value}; give 1 or more")
+    if text is not None:
+        check_type("text", text, TEXT)
     source = open_source(model)
     inventory = list_matrices(source)
     subject = _subject(source, _choose(inventory, part, layer))
@@ -135,6 +143,7 @@ class _Subject:
 
 
 def _choose(inventory: Inventory, part: str, layer: int | None) -> MatrixRef | HeadRef:
+    check_type("part", part, TEXT)
     words = part.split()
     number = words.index("head") + 1 if "head" in words else 0
     if number and number < len(words) and words[number].isdigit():
@@ -192,7 +201,7 @@ def _gain(ref: MatrixRef) -> str:
 
 def _embedding(source: Source, inventory: Inventory) -> Tensor:
     """The vectors of all tokens (vocabulary × width), as stored."""
-    size = inventory.config.get("vocab_size")
+    size = Config(inventory.config).get("vocab_size")
     tables = [ref for ref in inventory.selected if ref.role == "embed" and ref.layer is None]
     if not tables:
         raise SettingsError("the model has no embedding to read directions through")
@@ -202,7 +211,7 @@ def _embedding(source: Source, inventory: Inventory) -> Tensor:
 
 def _head(source: Source, inventory: Inventory) -> tuple[Tensor, str]:
     """(what each token's logit reads from the stream (vocabulary × width), with the last norm's gain; its name)."""
-    size = inventory.config.get("vocab_size")
+    size = Config(inventory.config).get("vocab_size")
     heads = [ref for ref in inventory.selected if ref.role == "head" and ref.shape[0] == size]
     if not heads:
         return _embedding(
@@ -263,6 +272,8 @@ class _Answered:
 
 
 def _answers(source: Source, subject: _Subject, text: str) -> _Answered:
+    if subject.entry.role == "embed":
+        raise SettingsError(f"a text cannot be put to '{subject.entry.name}': {ONE_HOT}")
     tokenizer = _tokenizer(source)
     batch = dict(tokenizer(text, return_tensors="pt"))
     model = load_model(source, origin(source), "cpu")
@@ -291,6 +302,7 @@ def _answer(answered: _Answered | None, index: int, count: int) -> tuple[float |
     if answered is None:
         return None, None
     column = answered.values_TK[:, index]
-    share = (column.square().sum() / answered.values_TK.square().sum()).item()
+    whole = answered.values_TK.square().sum().item()
+    share = column.square().sum().item() / whole if whole > 0 else None
     first = column.abs().topk(min(count, len(column))).indices.tolist()
     return share, tuple((answered.tokens[i], column[i].item()) for i in first)

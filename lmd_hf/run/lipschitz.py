@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import activations
 
 from lmd_hf.errors import first_line
+from lmd_hf.run.loading import evaluating
 
 
 # sup |f'|, rounded up; closed forms: GELU Φ(√2) + √2·φ(√2), hardswish 3/2, SELU 1.0507·1.6733; others on a fine grid
@@ -61,7 +62,8 @@ def lipschitz_bound(model: nn.Module) -> float:
     sup |f'| (GELU 1.1290, SiLU 1.0999, ReLU 1), a sum of branches adds, scaling multiplies. A convolution counts
     σ₁ of its kernel as a matrix times √(how many windows an entry is in). A bound, and often a loose one: the product
     of norms ignores which directions the layers pass on. Raises `NoBoundError` for attention, normalisation across
-    features, products of branches and whatever else has no constant, or no known one. While torch.fx follows the
+    features, products of branches, values that are written over before they are used again, and whatever else has no
+    constant, or no known one. While torch.fx follows the
     graph, no other thread of the process may run a model.
     """
     modules = dict(model.named_modules())
@@ -69,7 +71,7 @@ def lipschitz_bound(model: nn.Module) -> float:
     if (whole := constants[""]) is not None:
         return whole
     try:
-        with _ONE_AT_A_TIME:
+        with _ONE_AT_A_TIME, evaluating(model):  # a pass that asks whether it trains takes the other branch
             graph = _Tracer(constants).trace(model)
     except UNTRACEABLE as error:
         raise NoBoundError(f"its graph cannot be followed ({first_line(error)})") from None
@@ -100,6 +102,8 @@ def _of(value: Any, bounds: dict[fx.Node, float | None]) -> float | None:
 def _through(node: fx.Node, bounds: dict[fx.Node, float | None], modules: dict[str, nn.Module]) -> float | None:
     """The constant after one step of the graph."""
     name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if any(node < user for user in _written_over(node, modules)):
+        raise NoBoundError(f"{name} writes over what is used again")
     if node.op == "call_function" and node.target in SUMS and not node.kwargs:
         moving = [bound for value in node.args if (bound := _of(value, bounds)) is not None]
         return sum(moving) if moving else None
@@ -123,6 +127,14 @@ def _through(node: fx.Node, bounds: dict[fx.Node, float | None], modules: dict[s
     return None if before is None else constant * before
 
 
+def _written_over(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, ...]:
+    """The steps that use what this one writes its result over, itself among them; none where it writes elsewhere."""
+    told = vars(modules[str(node.target)]) if node.op == "call_module" else node.kwargs
+    first = node.args[0] if node.args else None
+    is_inplace = node.target is operator.iadd or told.get("inplace")
+    return tuple(first.users) if is_inplace and isinstance(first, fx.Node) else ()
+
+
 def _scaling(node: fx.Node) -> tuple[float, Any] | None:
     """(factor, what it scales) of a product or quotient with one number; dividing a number by a tensor is none."""
     if node.target not in (operator.mul, operator.truediv):
@@ -134,7 +146,13 @@ def _scaling(node: fx.Node) -> tuple[float, Any] | None:
 
 
 def module_bound(module: nn.Module) -> float | None:
-    """The Lipschitz constant of one module in evaluation mode, or a bound on it; `None` where none is known."""
+    """The Lipschitz constant of one module in evaluation mode, or a bound on it; `None` where none is known, as for a
+    subclass of torch's that computes something else."""
+    if (constant := ACTIVATIONS.get(type(module))) is not None:
+        return constant
+    torchs: Any = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))
+    if type(module).forward is not torchs.forward:
+        return None
     if isinstance(module, nn.Linear):
         return _norm(module.weight)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.padding_mode == "zeros":
@@ -150,7 +168,7 @@ def module_bound(module: nn.Module) -> float | None:
         return max(1.0, float(module.weight.detach().abs().max()))
     if isinstance(module, (nn.ELU, nn.CELU)):
         return max(1.0, abs(module.alpha)) if isinstance(module, nn.ELU) else 1.0
-    return 1.0 if isinstance(module, KEEP) else ACTIVATIONS.get(type(module))
+    return 1.0 if isinstance(module, KEEP) else None
 
 
 def _windows(kernel: int, stride: int, dilation: int) -> int:

@@ -59,6 +59,8 @@ def encoding_margin(
     x, g, x_away, g_away = map(_flat, (inputs, targets, away, away_targets))
     if seen.shape != g.shape or unseen.shape != g_away.shape:
         raise SettingsError(f"the model gives {seen.shape[1]} numbers a point and the targets have {g.shape[1]}")
+    middle = x.mean(0)
+    x, x_away = x - middle, x_away - middle  # scikit-learn takes distances from squares, which round far from zero
     graph = NearestNeighbors(n_neighbors=neighbours).fit(x)
     inner, outer = graph.kneighbors(), graph.kneighbors(x_away)
     delta = float(outer[0][:, 0].max())

@@ -30,11 +30,16 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
     """Pair the matrices and vectors of two models, and list what has no partner, with the reason.
 
     A selection is one of the base's matrices; vectors are compared only without one. Raises `SettingsError` for
-    settings that cannot be read, a metric other than `identity`, and a selection that leaves nothing.
+    settings that cannot be read, a metric other than `identity`, an adapter beside a model, and a selection that leaves
+    nothing.
     """
     wanted, wanted_tuned = selector(base.selected, settings), selector(tuned.selected, settings)
     if settings.metric != "identity":
         raise SettingsError(f"compare works in the identity metric, not in '{settings.metric}'; leave the metric out")
+    for side, it, other in (("base", base, tuned), ("tuned", tuned, base)):
+        if _is_adapted(it) and not _is_adapted(other):
+            told = "is an adapter, or wrapped by one, whose updates are no matrices of the other model"
+            raise SettingsError(f"the {side} model {told}; merge it (peft's merge_and_unload), or compare two adapters")
     left, right = _with_tied(base), _with_tied(tuned)
     found, renamings = _pair_up(left, right, _fitting(left, right))
     order = {key: index for index, key in enumerate(left)}
@@ -63,6 +68,11 @@ def match(base: Inventory, tuned: Inventory, settings: Settings) -> Matching:
         parameters=base.parameters,
         notes=tuple(f"{side}: {note}" for side, i in (("base", base), ("tuned", tuned)) for note in i.notes),
     )
+
+
+def _is_adapted(inventory: Inventory) -> bool:
+    """Whether updates stand beside the matrices, or in their place."""
+    return any(ref.stored == "lora" or ".base_layer." in ref.name for ref in inventory.selected)
 
 
 def _with_tied(inventory: Inventory) -> Refs:

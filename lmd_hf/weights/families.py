@@ -23,6 +23,7 @@ _KEYS = {
         "scale",
         "scale_key",
         "scale_power",
+        "factor_key",
         "terms",
         "yarn",
         "by_layer",

@@ -1,6 +1,7 @@
 """GGUF, the file of llama.cpp: header, names and blocks, through the format's own library."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lmd_hf.errors import FormatError
-from lmd_hf.records import TensorRef
-from lmd_hf.weights.families import gguf_names, gguf_types
+from lmd_hf.records import MatrixRef, TensorRef
+from lmd_hf.weights.families import Config, gguf_names, gguf_types
 from lmd_hf.weights.unpack import E2M1_ROUNDOFF, Unpacked
 
 
@@ -20,6 +21,8 @@ BLOCK = 16  # entries: every type's scales hold for this many at least
 # The largest magnitude of a block is 2ᵇ⁻¹ steps in the types that are symmetric about 0 …
 SYMMETRIC = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 127, "Q3_K": 4, "Q6_K": 32, "TQ1_0": 1, "TQ2_0": 1}
 FLOATS = ("MXFP4", "NVFP4")
+ARCHITECTURE = "gguf_architecture"  # llama.cpp's own word, among what the metadata tell
+PAIRED = "llama"  # the architecture of LLaMA, Mistral and Mixtral
 
 
 def read_gguf(path: Path, name: str) -> tuple[tuple[TensorRef, ...], dict[str, Any]]:
@@ -59,7 +62,21 @@ def _config(reader: Any) -> dict[str, Any]:
         "num_local_experts": get(f"{architecture}.expert_count"),
     }
     known = {key: value for key, value in values.items() if isinstance(value, int)}
-    return {"model_type": gguf_types().get(architecture, architecture), **known}
+    return {"model_type": gguf_types().get(architecture, architecture), ARCHITECTURE: architecture, **known}
+
+
+def in_model_order(ref: MatrixRef, config: Config) -> MatrixRef:
+    """A matrix with its rows in the order of transformers. llama.cpp stores LLaMA's queries and keys for a rotary form
+    that turns neighbouring rows, where transformers turns the halves of a head: of each head the even rows come first,
+    then the odd ones (as transformers' `LlamaTensorProcessor` has it)."""
+    counts = {"q": ("num_attention_heads",), "k": ("num_key_value_heads", "num_attention_heads")}
+    heads = config.get(*counts.get(ref.role, ()))
+    known = config.get(ARCHITECTURE) == PAIRED and isinstance(heads, int) and heads > 0
+    if not known or ref.shape[0] % (2 * heads):
+        return ref
+    size = ref.shape[0] // heads
+    starts = range(0, ref.shape[0], size)
+    return replace(ref, rows=tuple((start + odd, start + size, 2) for start in starts for odd in (0, 1)))
 
 
 @cache

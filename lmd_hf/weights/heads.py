@@ -235,16 +235,22 @@ def _scale(row: dict[str, Any], config: Config, size: int, layer: int | None) ->
     """What multiplies the scores: 1/√size, or what the row says in its place."""
     scale = float(row.get("scale", (row.get("terms", 1) * size) ** -0.5))
     if key := row.get("scale_key"):
-        value = config.get(key)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise _UnknownError(f"the configuration does not say the '{key}' that scales its scores")
-        scale = float(value) ** row["scale_power"]
+        scale = _positive(config, key) ** row["scale_power"]
+    if key := row.get("factor_key"):
+        scale *= _positive(config, key)
     if row.get("yarn"):  # DeepSeek multiplies by what YaRN leaves out of the rotations, squared
         rope = config.get("rope_parameters", "rope_scaling") or {}
         factor, share = rope.get("factor", 1.0), rope.get("mscale_all_dim", 0.0)
         stretched = rope.get("rope_type", rope.get("type", "default")) != "default" and share and factor > 1
         scale *= (0.1 * share * math.log(factor) + 1.0) ** 2 if stretched else 1.0
     return scale / (layer + 1) if row.get("by_layer") and layer is not None else scale
+
+
+def _positive(config: Config, key: str) -> float:
+    value = config.get(key)
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise _UnknownError(f"the configuration does not say the '{key}' that scales its scores")
+    return float(value)
 
 
 def _has_bias(ref: MatrixRef, vectors: set[str]) -> bool:

@@ -20,6 +20,7 @@ from lmd_hf.weights.families import (
     stack_words,
 )
 from lmd_hf.weights.formats import FP8, INGREDIENT, is_ingredient, list_weights
+from lmd_hf.weights.gguf import in_model_order
 from lmd_hf.weights.lora import Piece, merge, stored_pieces
 from lmd_hf.weights.named import find_tree
 from lmd_hf.weights.source import Source
@@ -164,8 +165,7 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
     place = context.tree.places[weight.name]
     if reason := weight.tensors[0].unread:
         return _skip(weight, reason)
-    companion = _companion_of(weight, context)
-    if companion is not None:
+    if (companion := _companion_of(weight, context)) is not None:
         return _skip(weight, f"companion of {companion}")
     ingredient = INGREDIENT if weight.format == "plain" and is_ingredient(weight.name, context.weight_of) else ""
     if reason := weight.unread or ("vector" if place.kind == "vector" else ingredient):
@@ -227,7 +227,7 @@ def _matrices(weight: Weight, place: Place, context: _Context) -> list[MatrixRef
     if not role.parts:
         if role.role == "other" and weight.format != "lora" and re.search(fact("looks_fused"), path.rsplit(".", 1)[-1]):
             return _skip(weight, _no_rule(weight, config))
-        refs = [base]
+        refs = [in_model_order(base, config)]
     else:
         rows = _part_rows(base.shape, place, role, config)
         if rows is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lmd_hf
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.records import ModelIdentity, TensorRef, Weight, WeightFile
-from lmd_hf.weights.gguf import read_gguf
+from lmd_hf.weights.gguf import ARCHITECTURE, PAIRED, read_gguf
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.local import Stamp, readable, stamp
 from lmd_hf.weights.lora import adapter_note, is_adapter
@@ -48,7 +48,9 @@ TORCH_DTYPES = {
 }  # fmt: skip
 EMBEDDED_ID = "lmd-hf/stdlib-llama-1m"  # the model that travels inside the package, for `lmd-hf demo`
 EMBEDDED_FOLDER = Path(lmd_hf.__file__).parent / "demo" / "model"
-GGUF_NOTE = "llama.cpp may order the rows of q and k for its own rotary form; no singular value feels it"
+GGUF_NOTE = (
+    "llama.cpp may order the rows of q and k for its own rotary form; no singular value feels it, a comparison does"
+)
 LARGEST = 2**25  # bytes of a tensor that is remembered: embeddings, which no head reads, would take all the room
 
 Key = tuple[TensorRef, int, int]  # rows of a stored tensor: the first, and the one after the last
@@ -314,7 +316,7 @@ def from_files(folder: Path, names: list[str], config: dict[str, Any] | None, id
         if path.suffix == ".gguf":
             found, told = read_gguf(path, name)
             config = {**told, **(config or {})}
-            notes.append(GGUF_NOTE)
+            notes += [GGUF_NOTE] if told[ARCHITECTURE] != PAIRED else []
         elif path.suffix in PICKLES:
             pickles[name] = held = read_pickled(path)
             found = _pickled_header(held, name)

@@ -69,6 +69,20 @@ def test_peft_loads_it_and_the_logits_are_those_of_the_tuned_model(family, tmp_p
     assert len(analyze(tmp_path / "adapter").matrices) == len(made.modules)  # and lmd_hf reads it
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_positions_that_are_looked_up_in_a_way_of_their_own_are_left_out(live, tmp_path):
+    """OPT computes its positions from the mask; peft would look its update up by the mask itself, and fails."""
+    base, tuned = make("opt"), update(make("opt"), {"embed_positions": 2, "q_proj": 2, "embed_tokens": 2})
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)
+    pair = (base, tuned) if live else (tmp_path / "base", tmp_path / "tuned")
+    made = extract(*pair, tmp_path / "adapter")
+    ((name, reason),) = made.left_out.items()
+    assert name.endswith("decoder.embed_positions.weight")
+    assert "peft would take those" in reason
+    logits(peft.PeftModel.from_pretrained(make("opt"), tmp_path / "adapter"), "opt")
+
+
 def test_the_certificate_is_true(tmp_path):
     base, tuned = make("llama"), make("llama", seed=1)
     made = extract(base, tuned, tmp_path, rank=4)

@@ -99,7 +99,7 @@ def test_moments_are_those_of_plain_hooks(save, sentences, family):
         x = expected[name]
         assert seen.count == len(x)
         torch.testing.assert_close(seen.mean, x.mean(0), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(seen.moments, x.T @ x / len(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(seen.covariance, torch.cov(x.T, correction=0), rtol=1e-12, atol=1e-12)
         assert {tuple(row) for row in seen.rows.tolist()} == {tuple(row) for row in x.tolist()}
 
 
@@ -111,7 +111,7 @@ def test_padding_is_no_token(save, sentences):
         seen = observe(model, batches, ["lm_head"], data, tokens=EVERY, world=World())["lm_head"]
         counts.append(seen)
     assert counts[0].count == counts[1].count == batches.tokens
-    torch.testing.assert_close(counts[0].moments, counts[1].moments, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(counts[0].covariance, counts[1].covariance, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sample_of_tokens_is_uniform_and_repeatable(save, sentences):
@@ -121,7 +121,7 @@ def test_a_sample_of_tokens_is_uniform_and_repeatable(save, sentences):
     again = observe(model, batches, names[:1], data, tokens=100, world=World())
     assert 70 < some["lm_head"].count < 130
     assert some["lm_head"].count == some[names[1]].count
-    assert torch.equal(some["lm_head"].moments, again["lm_head"].moments)  # whatever else is observed with it
+    assert torch.equal(some["lm_head"].covariance, again["lm_head"].covariance)  # whatever else is observed with it
     assert torch.equal(some["lm_head"].examples, some[names[1]].examples)
     assert len(set(some["lm_head"].examples.tolist())) > 25
     every = observe(model, batches, ["lm_head"], data, tokens=EVERY, world=World())["lm_head"]

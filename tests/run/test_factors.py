@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import models
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -60,6 +62,22 @@ def test_truncated_factors_are_the_best_of_their_rank(save, folder):
         rest = torch.tensor(row.singular_values[4:])
         assert torch.linalg.norm(w - rebuilt(factors)) == pytest.approx(rest.norm().item())
         assert told["error"] == pytest.approx(rest.norm().item())
+
+
+def test_a_pair_of_more_ranks_than_its_matrix_has_rows_keeps_its_row(folder, tmp_path):
+    """As rank 16 on a router of eight experts; what has fewer axes than were asked for is written whole."""
+    wrapped = peft.get_peft_model(
+        models.make("llama"), peft.LoraConfig(r=64, target_modules=["k_proj"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    report = analyze(tmp_path / "adapter", rank=60, factors=folder)
+    assert report.coverage.skipped == ()
+    pairs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(report.matrices) == len(list(folder.iterdir())) > 0
+    for row in report.matrices:
+        b, a = (pairs[row.name.replace("lora_A", side)].double() for side in ("lora_B", "lora_A"))
+        _, factors = load(factor_file(folder, row))
+        torch.testing.assert_close(rebuilt(factors), b @ a / 8, rtol=0, atol=1e-10)
 
 
 def test_the_norm_metric_is_that_of_the_factors(save, folder):

@@ -104,6 +104,22 @@ def test_a_layer_with_a_bias_is_centred(save, ids, monkeypatch):
     )  # fmt: skip
 
 
+def test_a_mean_far_above_the_spread_leaves_the_covariance_its_digits(ids):
+    """A norm's outputs lie in a plane, so that their covariance has a zero for rounding to turn negative."""
+    module = models.make("gpt2")
+    seen = []
+    with torch.no_grad():
+        module.transformer.h[1].ln_2.bias.fill_(1e3)
+    handle = module.transformer.h[1].ln_2.register_forward_hook(lambda _, __, y: seen.append(y.detach().flatten(0, 1)))
+    report = analyze(module, metric="data", data=settings(ids), roles=("up",), layers="1")
+    handle.remove()
+    x = torch.cat(seen)[-480:].double()  # the first pass looks for the modules
+    w = module.transformer.h[1].mlp.c_fc.weight.detach().double().cpu()
+    expected = (w.T @ torch.cov(x.T, correction=0).cpu() @ w).trace().item()
+    assert report.matrices[0].metric == "data"
+    assert report.matrices[0].data.energy == pytest.approx(expected, rel=1e-9)
+
+
 def test_knn_is_another_metric_on_at_most_4096_rows(save, ids, llama):
     knn = analyze(save("llama"), metric="data", data=settings(ids, graph="knn", neighbours=5))
     one, other = (next(m for m in r.matrices if m.role == "head") for r in (knn, llama))

@@ -3,11 +3,13 @@
 import models
 import pytest
 import torch
+import transformers
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmd_hf import read_directions
 from lmd_hf.errors import SettingsError
+from lmd_hf.run import lens
 from lmd_hf.weights.source import EMBEDDED_FOLDER, EMBEDDED_ID
 
 
@@ -110,3 +112,37 @@ def test_sides_that_are_no_stream_are_left_out():
     assert found.directions[0].writes is not None
     q = read_directions(models.make("llama"), "q", layer=0, axes=1)
     assert q.directions[0].writes is None
+
+
+def test_a_composite_model_is_read_through_its_own_output_head():
+    """Its vocabulary is in the configuration of its language model."""
+    text = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    vision = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        tie_word_embeddings=False,
+    )
+    found = read_directions(transformers.LlavaForConditionalGeneration(config), "text down", layer=0, axes=1)
+    assert "U: output head lm_head.weight" in found.lens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": -1}, "axes is -1; give 1 or more"),
+        ({"axes": 1.5}, "axes is 1.5; give a whole number"),
+        ({"tokens": 0}, "tokens is 0; give 1 or more"),
+        ({"text": 3}, "text is 3; give a text"),
+        ({"part": 3}, "part is 3; give a text"),
+        ({"part": "embed", "layer": None, "text": "a"}, "a text cannot be put to .* one-hot"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_clear_line(options, message):
+    with pytest.raises(SettingsError, match=message):
+        read_directions(EMBEDDED_ID, **{"part": "down", "layer": 0, **options})
+
+
+def test_of_no_answer_nothing_has_a_share():
+    answered = lens._Answered(torch.zeros(3, 2), ["a", "b", "c"])
+    assert lens._answer(answered, 0, 2) == (None, (("a", 0.0), ("b", 0.0)))

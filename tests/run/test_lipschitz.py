@@ -102,6 +102,71 @@ def test_no_activation_of_transformers_is_steeper_than_its_constant(name):
     assert float(slope.abs().max()) <= constant * (1 + 1e-9)
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return functional.silu(super().forward(x))
+
+
+class Louder(nn.Identity):
+    def forward(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("module", [Doubled(6, 6), Activated(6), Louder()], ids=lambda m: type(m).__name__)
+def test_a_subclass_that_computes_something_else_is_not_taken_for_its_parent(module):
+    """It is followed inside, or has no bound; as a weight-normalised layer it is still torch's own."""
+    assert module_bound(module) is None
+    if isinstance(module, Louder):
+        assert lipschitz_bound(module) == 3
+    else:
+        with pytest.raises(NoBoundError):
+            lipschitz_bound(nn.Sequential(nn.Linear(6, 6), module))
+    assert module_bound(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))) is not None
+
+
+class Modal(nn.Module):
+    def forward(self, x):
+        return x if self.training else 10 * x
+
+
+def test_the_bound_is_that_of_evaluation_mode_whatever_mode_the_model_is_in():
+    model = Modal().train()
+    assert lipschitz_bound(model) == 10
+    assert model.training
+
+
+class Overwriting(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x):
+        y = 1.0 * x
+        z = self.activation(y)
+        return z + y
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(inplace=True), lambda y: functional.relu(y, inplace=True)])
+def test_what_is_written_over_and_used_again_has_no_bound(activation):
+    with pytest.raises(NoBoundError, match="writes over what is used again"):
+        lipschitz_bound(Overwriting(activation))
+    assert lipschitz_bound(nn.Sequential(nn.Identity(), nn.SiLU(inplace=True))) == 1.0999
+    assert lipschitz_bound(Gathering()) == 2
+
+
+class Gathering(nn.Module):
+    def forward(self, x):
+        total = 0
+        for branch in (torch.tanh, torch.relu):
+            total += branch(x)
+        return total
+
+
 class Squared(nn.Module):
     def forward(self, x):
         return x * x

@@ -49,6 +49,17 @@ def test_the_theorem_on_the_swiss_roll(activation):
     assert (margin.training, margin.held_out, margin.uncovered) == (1000, 500, 3 / 500)
 
 
+@pytest.mark.parametrize("away", [1e4, 2.0**27])
+def test_where_the_domain_lies_does_not_matter(away):
+    """In 20 dimensions, where neighbours are searched by products; the shift itself is exact."""
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0)).double().mul(2**10).round() / 2**10
+    near, far = (
+        encoding_margin(lambda z, at=at: torch.sin(z - at)[:, :2], (x + at, (x[:, :2] ** 2))) for at in (0.0, away)
+    )
+    for name in ("covering_radius", "target_slope", "lipschitz_lower", "margin_lower"):
+        assert getattr(far, name) == pytest.approx(getattr(near, name), rel=1e-12)
+
+
 def test_the_theorem_on_digits():
     torch.manual_seed(0)
     data, held_out = digits(0)

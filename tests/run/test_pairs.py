@@ -4,6 +4,7 @@ import re
 from collections import Counter
 
 import models
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,17 @@ def test_a_model_and_itself_pair_completely(save, family):
     assert [(p.base, p.tuned, p.matched) for p in matching.pairs] == [(ref, ref, "name") for ref in same.selected]
     assert alone(matching) == {}
     assert len(matching.vectors) == sum(item.reason == "vector" for item in same.skipped)
+
+
+def test_an_adapter_is_compared_with_an_adapter_alone(save, tmp_path):
+    """Its rows are ΔW, and W − ΔW says nothing of what was tuned."""
+    wrapped = peft.get_peft_model(models.make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path)
+    for adapter in (tmp_path, wrapped):
+        for pair in ((save("llama"), adapter), (adapter, save("llama"))):
+            with pytest.raises(SettingsError, match="is an adapter, or wrapped by one"):
+                match(*map(inventory, pair), ALL)
+        assert match(inventory(adapter), inventory(adapter), ALL).pairs
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mixtral", "t5", "whisper", "vit"])

@@ -419,6 +419,26 @@ def test_gguf_has_the_roles_and_numbers_of_the_model(tmp_path):
     assert found["q", 1].name == "blk.1.attn_q.weight"
 
 
+def test_gguf_queries_and_keys_come_in_the_order_of_transformers(tmp_path):
+    """Written as convert_hf_to_gguf.py does; its comparison with the model is all zeros, quantised one of few ranks."""
+    model = make("llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    turned = {
+        name: w.reshape(4 if "q_proj" in name else 2, 2, 8, 64).swapaxes(1, 2).reshape(w.shape)
+        for name, w in state.items()
+        if re.search("[qk]_proj", name)
+    }
+    write_gguf(tmp_path / "m.gguf", state | turned)
+    change = lmd_hf.compare(model, tmp_path / "m.gguf")
+    assert {row.role for row in change.matrices} >= {"q", "k", "v", "o"}
+    assert all(row.identical for row in change.matrices)
+    write_gguf(tmp_path / "q8.gguf", state | turned, gguf.GGMLQuantizationType.Q8_0)
+    q, k, v = (
+        row for row in lmd_hf.compare(model, tmp_path / "q8.gguf").matrices if row.layer == 0 and row.role in "qkv"
+    )
+    assert max(q.relative_update, k.relative_update) < 2 * v.relative_update < 0.02
+
+
 WRITABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "BF16", "F16"]
 PACKED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_M", "IQ1_S", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_NL", "IQ4_XS"]
 

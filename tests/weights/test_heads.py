@@ -32,6 +32,7 @@ GRANITE = {**models.LLAMA, "attention_multiplier": 0.3}
 NEO = {"hidden_size": models.H, "num_layers": 2, "num_heads": 4, "vocab_size": models.V, "intermediate_size": models.F,
        "max_position_embeddings": 20, "attention_types": [[["global", "local"], 1]]}  # fmt: skip
 CODEGEN = {"n_embd": models.H, "n_layer": 2, "n_head": 4, "vocab_size": models.V, "n_positions": 20, "rotary_dim": 4}
+BIGCODE = {"n_embd": models.H, "n_layer": 2, "n_head": 4, "vocab_size": models.V, "n_positions": 20}
 OTHERS = {
     "deepseek_v3": (t.DeepseekV3Config, "DeepseekV3ForCausalLM", {**LATENT, "q_lora_rank": 12}),
     "deepseek_v3-yarn": (
@@ -43,6 +44,7 @@ OTHERS = {
     "granite": (t.GraniteConfig, "GraniteForCausalLM", GRANITE),
     "gpt_neo": (t.GPTNeoConfig, "GPTNeoForCausalLM", NEO),
     "codegen": (t.CodeGenConfig, "CodeGenForCausalLM", CODEGEN),
+    "gpt_bigcode": (t.GPTBigCodeConfig, "GPTBigCodeForCausalLM", {**BIGCODE, "scale_attn_weights": False}),
 }
 CHANGES = {
     "gemma2": {"attn_logit_softcapping": None, "query_pre_attn_scalar": 20},
@@ -262,6 +264,22 @@ def test_a_gate_beside_the_queries_is_none_of_them():
     heads, unformed = heads_of(model)
     assert not unformed
     assert [(h.q[0].start, h.q[0].stop) for h in heads] == [(0, 8), (16, 24), (32, 40), (48, 56)]
+
+
+def test_what_multiplies_the_keys_multiplies_the_scores():
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    config = t.FalconH1Config(**{**models.LLAMA, "head_dim": 8, "key_multiplier": 0.4, **mamba})
+    heads, unformed = heads_of(t.FalconH1ForCausalLM(config))
+    assert not unformed
+    assert {h.scale for h in heads} == {0.4 * 8**-0.5}
+
+
+@pytest.mark.parametrize("kind", [t.ImageGPTConfig, t.DecisionTransformerConfig])
+def test_what_is_made_of_gpt2_scales_as_it_is_told(kind):
+    model = t.AutoModel.from_config(kind(hidden_size=16, n_embd=16, n_head=2, n_layer=2, scale_attn_weights=False))
+    heads, unformed = heads_of(model)
+    assert not unformed
+    assert {h.scale for h in heads} == {1.0}
 
 
 def test_content_and_position_terms_share_the_scale():
