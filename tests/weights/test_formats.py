@@ -489,6 +489,21 @@ def test_bitsandbytes_4bit(tmp_path, kind, nested):
     assert error < found.rounding.absolute < 4 * error  # the largest error is above the usual one
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_bitsandbytes_4bit_live(nested, used):
+    """Also after a forward pass, for which bitsandbytes packs a layer anew where the CPU has instructions for that."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(IN, OUT, bias=False, quant_type="nf4", compress_statistics=nested).to("cpu").eval()
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).clone()
+    if used:
+        layer(torch.ones(1, IN))
+    source = open_source(torch.nn.Sequential(layer))
+    (ref,) = list_matrices(source).selected
+    found = read_stored(source, ref).matrix
+    assert torch.linalg.norm(found - expected) < (0.01 if used else 1e-6) * torch.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("strategy", "symmetric"), [("group", True), ("group", False), ("channel", False)])
 def test_compressed_tensors_packed(tmp_path, bits, strategy, symmetric):
