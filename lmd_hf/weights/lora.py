@@ -24,6 +24,17 @@ LARGEST_RANK = 2**31
 MOST_REPEATS = 3  # in a pattern: matching costs some (length of the path)^repeats, and more where groups are repeated
 REPEATS = re.compile(r"(?<!\()[*+?{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
+# what a configuration may ask for beside W + s·B·A: of the product, of the sum, and of W before the training
+OTHER_PRODUCTS = {
+    "kasa_config": "KaSA puts a diagonal between B and A, and takes a part of the base's weights away",
+    "use_bdlora": "BD-LoRA stores of a factor its diagonal blocks alone",
+    "use_qalora": "QA-LoRA pools the inputs of A",
+}
+OTHER_SUMS = {
+    "alora_invocation_tokens": "aLoRA adds its updates from certain tokens on",
+    "layer_replication": "its base repeats layers",
+}
+MOVED = re.compile("pissa|olora|corda|loftq|lora_ga")
 Piece = tuple[str, tuple[int, ...]]
 Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
@@ -31,7 +42,8 @@ Patterns = tuple[tuple[re.Pattern[str], float], ...]
 @dataclass(frozen=True)
 class Adapter:
     """What adapter_config.json tells of the pairs. `parameters` are the ends of the names of parameters that have pairs
-    of their own, perhaps one for every expert."""
+    of their own, perhaps one for every expert. `no_product` says why updates are no s·B·A, `no_sum` why the base with
+    those added is not the tuned model; "" where they are."""
 
     kind: str
     base: str | None
@@ -42,6 +54,8 @@ class Adapter:
     alphas: Patterns
     ranks: Patterns
     parameters: tuple[str, ...]
+    no_product: str
+    no_sum: str
 
     def scale(self, name: str) -> float:
         """α/r, or α/√r where rsLoRA says so (Kalajdzievski 2023, eq. 6), with the module's own α and r."""
@@ -72,6 +86,7 @@ def read_adapter(config: dict[str, Any]) -> Adapter:
     """The adapter's configuration; `SourceError` if a number in it is none, or a pattern cannot be matched in time."""
     kind = str(config["peft_type"])
     told = config if kind == READ else {}  # other kinds mean other things by these names: an OFT adapter's r may be 0
+    no_product = _first_told(told, OTHER_PRODUCTS)
     try:
         return Adapter(
             kind=kind,
@@ -83,9 +98,20 @@ def read_adapter(config: dict[str, Any]) -> Adapter:
             alphas=_patterns(told.get("alpha_pattern"), _alpha),
             ranks=_patterns(told.get("rank_pattern"), _rank),
             parameters=tuple(map(str, told.get("target_parameters") or ())),
+            no_product=no_product,
+            no_sum=no_product or _moved(told) or _first_told(told, OTHER_SUMS),
         )
     except (TypeError, ValueError, OverflowError, re.error) as error:
         raise SourceError(f"adapter_config.json: {error}; save the adapter again") from None
+
+
+def _first_told(told: dict[str, Any], reasons: dict[str, str]) -> str:
+    return next((reason for key, reason in reasons.items() if told.get(key)), "")
+
+
+def _moved(told: dict[str, Any]) -> str:
+    begun = str(told.get("init_lora_weights")).lower()
+    return f"{begun} began it with a part of the base's weights moved into B and A" if MOVED.match(begun) else ""
 
 
 def _text(config: dict[str, Any], key: str) -> str | None:
@@ -126,7 +152,8 @@ def adapter_note(config: dict[str, Any]) -> str:
     if adapter.kind != READ:
         return f"a PEFT adapter of kind {adapter.kind} for {base}: its tensors are read one by one, not as updates"
     dora = "; DoRA's magnitudes rescale the rows of base + update, and are not in it" if config.get("use_dora") else ""
-    return f"a LoRA adapter for {base}: each row is an update s·B·A, s = α/r as its configuration says{dora}"
+    beside = f"; with them the base is not yet the tuned model: {adapter.no_sum}" if adapter.no_sum else ""
+    return f"a LoRA adapter for {base}: each row is an update s·B·A, s = α/r as its configuration says{dora}{beside}"
 
 
 def list_adapter_weights(tensors: Iterable[TensorRef], config: dict[str, Any]) -> tuple[Weight, ...]:
@@ -160,6 +187,8 @@ def _fitted(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> tuple[fl
     parameters = adapter.parameters_of(path.replace(".base_layer", ""))
     told = {(adapter.scale(name), adapter.rank_of(name)) for name in parameters or [path]}
     scale, rank = min(told)
+    if adapter.no_product:
+        return scale, 1, adapter.no_product
     experts = max(1, a.shape[0] // rank) if parameters else 1
     if len(told) == 1 and a.shape[0] == experts * rank == b.shape[1] == math.prod(b.shape[1:]):
         return scale, experts, ""

@@ -30,6 +30,9 @@ def open_merged(model: str | Path | nn.Module, base: str | Path, **options: Any)
         raise SourceError(f"{adapter.identity.id}: names no base model; give its id or folder instead of '{AUTO}'")
     if facts.kind != "LORA":
         raise SourceError(f"{adapter.identity.id}: a {facts.kind} adapter; merge it with peft")
+    if facts.no_sum:
+        remedy = "merge it with peft where that can be done, or analyse it without the base"
+        raise SourceError(f"{adapter.identity.id}: {facts.no_sum}, so W + s·B·A is not the tuned model; {remedy}")
     revision = facts.revision if named == facts.base else None
     below = open_source(named, revision=revision, token=options["token"], download=options["download"])
     if not isinstance(below, FileSource):

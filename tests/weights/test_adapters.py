@@ -207,6 +207,33 @@ def test_a_pair_that_is_not_what_its_configuration_says_is_listed(tmp_path, case
     assert all(s.reason.startswith(("its factors A and B are", "its A", "the product")) for s in coverage.skipped)
 
 
+BEYOND = {
+    "pissa": ({"init_lora_weights": "pissa"}, "pissa began it with a part of the base's weights moved"),
+    "olora": ({"init_lora_weights": "olora"}, "olora began it"),
+    "activated": ({"alora_invocation_tokens": [1]}, "aLoRA adds its updates from certain tokens on"),
+    "repeated": ({"layer_replication": [[0, 2], [0, 2]]}, "its base repeats layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_updates_that_do_not_make_the_tuned_model_of_the_base_are_not_added_to_it(adapter, case):
+    options, reason = BEYOND[case]
+    folder, _, _ = adapter("llama", target_modules=["q_proj"], **options)
+    report = lmd_hf.analyze(folder)
+    assert {m.stored for m in report.matrices} == {"lora"}
+    assert f"; with them the base is not yet the tuned model: {reason}" in report.coverage.notes[0]
+    with pytest.raises(SourceError, match=reason):
+        lmd_hf.analyze(folder, base="auto")
+
+
+@pytest.mark.parametrize(
+    "told", [{"kasa_config": {"beta": 1e-4}}, {"use_bdlora": {"nblocks": 2}}, {"use_qalora": True}]
+)
+def test_updates_that_are_no_product_of_two_factors_are_listed(tmp_path, told):
+    coverage = pair(tmp_path, *FITTING, **told).coverage
+    assert (coverage.decomposed, len(coverage.skipped)) == (0, 2)
+
+
 def test_a_base_whose_update_does_not_fit_is_listed_too(adapter):
     folder, base, _ = adapter("llama", target_modules=["q_proj"])
     path = folder / "adapter_config.json"
