@@ -250,33 +250,73 @@ def stored_pieces(stored: str, low_rank: LowRank | None, name: str, shape: tuple
     return [(low_rank.right.name, right), (low_rank.left.name, left)]
 
 
-def merge(base: Inventory, adapter: tuple[Weight, ...], names: dict[str, str]) -> Inventory:
+def untied(
+    weights: tuple[Weight, ...], ties: dict[str, str], adapter: tuple[Weight, ...]
+) -> tuple[tuple[Weight, ...], dict[str, str], dict[str, TensorRef]]:
+    """(weights, ties, held) of a base whose adapter has saved one of two tied weights whole, which unties them: another
+    weight for each name that the base does not store, the ties that are left, and the tensor that has its numbers."""
+    saved = {_path(weight.name) for weight in _wholes(adapter)}
+    is_saved = {name: _match(_path(name), saved) is not None for name in {*ties, *ties.values()}}
+    stored = {weight.name: weight for weight in weights}
+    held: dict[str, TensorRef] = {}
+    left: dict[str, str] = {}
+    first: dict[str, str] = {}  # of those that keep the base's numbers; the others are tied to it
+    added = []
+    for name, of in sorted(ties.items()):
+        if of not in stored or stored[of].format != "plain" or not (is_saved[name] or is_saved[of]):
+            left[name] = of
+        elif not is_saved[name] and first.setdefault(of, name) != name:
+            left[name] = first[of]
+        elif name not in stored:
+            (held[name],) = stored[of].tensors
+            added.append(replace(stored[of], name=name, tensors=(replace(held[name], name=name),)))
+    return (*weights, *added), left, held
+
+
+def merge(
+    base: Inventory, adapter: tuple[Weight, ...], names: dict[str, tuple[str, str]], held: dict[str, TensorRef]
+) -> Inventory:
     """The base's inventory with the adapter's updates in it, and its whole modules in place of the base's.
 
-    `names` gives the module path of every matrix of the base by its stored name. A path matches if it is the same, or
-    one ends in the other and no other does. What matches nothing is named in the notes; `SourceError` if nothing does.
+    `names` gives of every matrix of the base, by its stored name, what the model's class calls it, as do adapters, and
+    what the checkpoint does, as do adapters made when the class was another. A path matches if it is the same, or one
+    ends in the other and no other does. What matches nothing, or is of another shape, is named in the notes;
+    `SourceError` if no update matches. `held` are the tensors to read in place of those of that name.
     """
-    paths = {names[ref.name] for ref in base.selected}
-    pairs = {_path(w): w for w in adapter if w.low_rank is not None}
-    modules = {_path(w): w for w in adapter if w.low_rank is None and len(w.shape) > 1}
-    place = {path: _match(path, paths) for path in (*pairs, *modules)}
-    updates = {place[path]: weight for path, weight in pairs.items()}
-    wholes = {place[path]: weight for path, weight in modules.items()}
-    if not updates.keys() - {None}:
-        raise SourceError("no pair of the adapter belongs to a matrix of the base; give the base that it was made for")
-    lost = [path for path, there in place.items() if there is None]
-    selected, added = [], 0
+    paths = {ref.name: tuple(map(_path, names[ref.name])) for ref in base.selected}
+    known = [set(ways) for ways in zip(*paths.values(), strict=True)]
+    changes = [*(weight for weight in adapter if weight.low_rank is not None), *_wholes(adapter)]
+    placed: dict[str | None, list[Weight]] = {}
+    for weight in changes:
+        found = (_match(_path(weight.name), ways) for ways in known)
+        placed.setdefault(next(filter(None, found), None), []).append(weight)
+    selected, used = [], set()
     for ref in base.selected:
-        whole = _replaced(ref, wholes.get(names[ref.name]))
-        added += math.prod(whole.shape) - math.prod(ref.shape)
-        pair = updates.get(names[ref.name])
-        selected.append(whole if pair is None else replace(whole, low_rank=pair.low_rank))
-    notes = [f"{len(lost)} weights of the adapter match no matrix of the base, first '{lost[0]}'"] if lost else []
+        changed = replace(ref, tensors=(held[ref.name],)) if ref.name in held else ref
+        for weight in (weight for path in dict.fromkeys(paths[ref.name]) for weight in placed.get(path, ())):
+            if (result := _changed(changed, weight)) is not None:
+                changed = result
+                used.add(weight)
+        selected.append(changed)
+    if not any(weight.low_rank is not None for weight in used):
+        remedy = "give the base that it was made for; updates of stacked experts are merged by peft alone"
+        raise SourceError(f"no pair of the adapter belongs to a matrix of the base; {remedy}")
+    lost = [_path(weight.name) for weight in changes if weight not in used]
+    told = f"{len(lost)} weights of the adapter match no matrix of the base and are left out, first"
+    notes = [f"{told} '{lost[0]}'"] if lost else []
+    added = sum(math.prod(ref.shape) for ref in selected) - sum(math.prod(ref.shape) for ref in base.selected)
     return replace(base, selected=tuple(selected), parameters=base.parameters + added, notes=(*base.notes, *notes))
 
 
-def _path(weight: Weight) -> str:
-    return weight.name.removesuffix(".weight").removesuffix(".base_layer")
+def _wholes(adapter: tuple[Weight, ...]) -> list[Weight]:
+    """The matrices of the modules that were saved whole."""
+    parts = {tensor.name for weight in adapter if weight.low_rank is not None for tensor in weight.tensors}
+    alone = (weight for weight in adapter if weight.low_rank is None and weight.tensors[0].name not in parts)
+    return [weight for weight in alone if len(weight.shape) > 1]
+
+
+def _path(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".base_layer")
 
 
 def _match(path: str, paths: set[str]) -> str | None:
@@ -286,11 +326,20 @@ def _match(path: str, paths: set[str]) -> str | None:
     return ends[0] if len(ends) == 1 else None
 
 
-def _replaced(ref: MatrixRef, weight: Weight | None) -> MatrixRef:
-    """A matrix of the base, or the module that the adapter saved whole in its place, perhaps with more tokens."""
-    if weight is None or ref.rows or ref.expert is not None:
-        return ref
+def _changed(ref: MatrixRef, weight: Weight) -> MatrixRef | None:
+    """A matrix of the base with the adapter's update, or the module that the adapter saved whole in its place, perhaps
+    with more tokens; `None` where that is of another shape."""
+    if weight.low_rank is not None:
+        return replace(ref, low_rank=weight.low_rank)
     stored = weight.tensors[0]
-    rows, columns = stored.shape[0], math.prod(stored.shape[1:])
-    shape = (columns, rows) if ref.transposed else (rows, columns)
-    return replace(ref, tensors=(stored,), dtype=stored.dtype, stored="plain", shape=shape, tied_to=None)
+    rows, columns = flat = stored.shape[0], math.prod(stored.shape[1:])
+    shape = (columns, rows) if ref.transposed else flat
+    if ref.expert is not None:
+        fits, shape = stored.shape == ref.tensors[0].shape, ref.shape
+    elif ref.rows:
+        fits = shape[1] == ref.shape[1] and shape[0] >= max(stop for _, stop, _ in ref.rows)
+        shape = ref.shape
+    else:
+        fits = columns == ref.shape[0 if ref.transposed else 1]
+    whole = replace(ref, tensors=(stored,), dtype=stored.dtype, stored="plain", shape=shape, tied_to=None)
+    return whole if fits else None

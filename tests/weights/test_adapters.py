@@ -129,6 +129,57 @@ def test_modules_saved_whole_are_rows_and_take_the_place_of_the_bases(adapter):
     assert merged["head"].spectral_norm == pytest.approx(2 * plain["head"].spectral_norm, rel=1e-6)
 
 
+WHOLE = {
+    "fused": ("gpt2", ["c_proj"], ["c_attn"]),
+    "fused, gated": ("phi3", ["o_proj"], ["gate_up_proj"]),
+    "tied embedding": ("gpt2", ["c_attn"], ["wte"]),
+    "tied head": ("gpt2", ["c_attn"], ["lm_head"]),
+    "both": ("gpt2", ["c_attn"], ["wte", "lm_head"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_fused_or_tied_module_saved_whole_is_what_peft_makes_of_it(tmp_path, case):
+    family, targets, whole = WHOLE[case]
+    make(family).save_pretrained(tmp_path / "base")
+    model = trained(family, target_modules=targets, modules_to_save=whole)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    ours, theirs = lmd_hf.analyze(tmp_path / "adapter", base=tmp_path / "base"), lmd_hf.analyze(tmp_path / "merged")
+    found, expected = ({(m.name, m.part): m for m in report.matrices} for report in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        np.testing.assert_allclose(row.singular_values, expected[key].singular_values, rtol=3e-4, atol=1e-6)
+        assert (row.role, row.shape) == (expected[key].role, expected[key].shape)
+    assert ours.coverage.parameters == theirs.coverage.parameters
+    assert not [note for note in ours.coverage.notes if "left out" in note]
+
+
+@pytest.mark.parametrize(("family", "module"), [("vit", "attention.query"), ("mixtral", "experts.1.w1")])
+def test_an_adapter_made_when_the_class_had_other_names_goes_by_the_checkpoint(tmp_path, family, module):
+    make(family).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    pairs = {}
+    for name in (name for name in stored if name.endswith(f"{module}.weight")):
+        rows, columns = stored[name].shape
+        pairs[f"base_model.model.{name.removesuffix('weight')}lora_A.weight"] = torch.ones(2, columns)
+        pairs[f"base_model.model.{name.removesuffix('weight')}lora_B.weight"] = torch.ones(rows, 2)
+    (tmp_path / "adapter").mkdir()
+    save_file(pairs, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3})
+    )
+    source = open_source(tmp_path / "adapter", base=tmp_path)
+    changed = [ref for ref in list_matrices(source).selected if ref.low_rank is not None]
+    assert len(changed) == len(pairs) / 2 > 0
+    for ref in changed:
+        torch.testing.assert_close(read_matrix(source, ref), stored[ref.name].double() + 3)
+
+
 def test_dora_alone_says_what_is_not_in_the_rows(adapter):
     folder, _, _ = adapter("llama", target_modules=["q_proj"], use_dora=True)
     coverage = lmd_hf.analyze(folder).coverage
