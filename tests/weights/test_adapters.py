@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lmd_hf
-from lmd_hf.errors import SourceError
+from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.matrix.kernels import thin
 from lmd_hf.records import Factored
 from lmd_hf.weights.inventory import list_matrices
@@ -178,6 +178,23 @@ def test_an_adapter_made_when_the_class_had_other_names_goes_by_the_checkpoint(t
     assert len(changed) == len(pairs) / 2 > 0
     for ref in changed:
         torch.testing.assert_close(read_matrix(source, ref), stored[ref.name].double() + 3)
+
+
+def test_a_comparison_takes_an_adapter_for_the_base_with_its_updates(adapter):
+    folder, base, model = adapter("llama", target_modules=["q_proj"])
+    change = lmd_hf.compare(base, folder)
+    rows = {row.name: row for row in change.matrices}
+    assert len(rows) == len(lmd_hf.analyze(base).matrices)
+    for name, row in rows.items():
+        delta = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        expected = float(delta.get_delta_weight("default").norm()) if "q_proj" in name else 0
+        assert row.update_norm == pytest.approx(expected, rel=1e-6)
+        assert row.update_rank == (4 if "q_proj" in name else 0)
+    assert lmd_hf.compare(folder, folder).matrices[0].identical
+    with pytest.raises(SettingsError, match=r"is an adapter and .* is none; give the base first"):
+        lmd_hf.compare(folder, base)
+    with pytest.raises(SourceError, match="LlamaForCausalLM: the base of an adapter must be files or a Hub id"):
+        lmd_hf.compare(make("llama"), folder)
 
 
 def test_dora_alone_says_what_is_not_in_the_rows(adapter):
