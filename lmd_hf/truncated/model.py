@@ -81,6 +81,7 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
             save_torch_state_dict(state, save_directory, metadata={"format": "pt"})
             for name, data in self.companions.items():
                 if name not in OWN:
+                    (save_directory / name).parent.mkdir(exist_ok=True)
                     (save_directory / name).write_bytes(data)
             if (generation := getattr(self.model, "generation_config", None)) is not None:
                 generation.save_pretrained(save_directory)
