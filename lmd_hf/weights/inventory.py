@@ -155,9 +155,10 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
         reason = "empty" if math.prod(weight.shape) == 0 else "buffer, not a weight"
         wide = sum(size > 1 for size in weight.shape)
         return _skip(weight, "vector" if wide < 2 and reason != "empty" else reason)
-    if weight.format == "plain" and weight.dtype not in READABLE:
+    if weight.format == "plain" and (weight.dtype not in READABLE or place.kind == "piece"):
         method = (context.tree.config.values.get("quantization_config") or {}).get("quant_method")
-        stored = f"stored as {weight.dtype}" + (f" by '{method}'" if method else "")
+        stored = f"a part of '{place.path}' " if place.kind == "piece" else ""
+        stored += f"stored as {weight.dtype}" + (f" by '{method}'" if method else "")
         stored += f" ({declared[0]})" if (declared := weight.tensors[0].declared) else ""
         return _skip(weight, f"{stored}, a format that is not read; save a copy dequantised by its own library")
     return _matrices(weight, place, context)

@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from models import make
+from safetensors.torch import load_file, save_file
 from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, scale_order, tile_order, torchao_int4, two_a_byte
 
 import lmd_hf
@@ -468,6 +469,29 @@ def test_an_unknown_format_is_listed_with_its_method(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "aqlm"}}))
     inventory = list_matrices(open_source(tmp_path))
     assert "stored as I16 by 'aqlm', a format that is not read" in inventory.skipped[0].reason
+
+
+PIECES = {
+    "sparse": {"compressed": torch.ones(32, 16, dtype=torch.bfloat16), "bitmask": torch.ones(32, 4).byte()},
+    "quanto": {"weight._data": torch.ones(32, 32).to(torch.float8_e4m3fn), "weight._scale": torch.ones(32, 1)},
+    "svdquant": {"qweight": torch.ones(32, 16).char(), "proj_down": torch.ones(32, 4), "wscales": torch.ones(1, 32)},
+    "vptq": {"centroids.weight": torch.ones(1, 256), "indices": torch.ones(32, 2).int(), "bias": torch.ones(32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_pieces_of_a_format_that_is_not_read_are_no_matrices(tmp_path, kind):
+    make("llama").save_pretrained(tmp_path)
+    state, path = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.q_proj"
+    del state[f"{path}.weight"]
+    save_file(state | {f"{path}.{end}": value for end, value in PIECES[kind].items()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": kind}}))
+    inventory = list_matrices(open_source(tmp_path))
+    assert not [ref.name for ref in inventory.selected if path in ref.name]
+    reasons = [item.reason for item in inventory.skipped if path in item.name and item.reason != "vector"]
+    assert len(reasons) == len(PIECES[kind].keys() - {"bias"})
+    assert all(reason.startswith(f"a part of '{path}' stored as ") and f"by '{kind}'" in reason for reason in reasons)
 
 
 # --- against the formats' own libraries --------------------------------------------------------------------------
