@@ -135,6 +135,7 @@ WHOLE = {
     "tied embedding": ("gpt2", ["c_attn"], ["wte"]),
     "tied head": ("gpt2", ["c_attn"], ["lm_head"]),
     "both": ("gpt2", ["c_attn"], ["wte", "lm_head"]),
+    "convolution with DoRA": ("vit", ["projection"], []),
 }  # fmt: skip
 
 
@@ -142,7 +143,7 @@ WHOLE = {
 def test_a_fused_or_tied_module_saved_whole_is_what_peft_makes_of_it(tmp_path, case):
     family, targets, whole = WHOLE[case]
     make(family).save_pretrained(tmp_path / "base")
-    model = trained(family, target_modules=targets, modules_to_save=whole)
+    model = trained(family, target_modules=targets, modules_to_save=whole, use_dora="DoRA" in case)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:

@@ -150,6 +150,15 @@ def test_fp4_in_bytes(tmp_path, kind):
     assert ref.shape == (OUT, IN)
 
 
+def test_mxfp6_is_not_taken_for_mxfp4(tmp_path):
+    packed, scale = torch.zeros(OUT, IN * 6 // 8, dtype=torch.uint8), torch.zeros(OUT, IN // 32, dtype=torch.uint8)
+    save_file({f"{NAME}.weight_packed": packed, f"{NAME}.weight_scale": scale}, tmp_path / "model.safetensors")
+    inventory = list_matrices(open_source(tmp_path))
+    assert not inventory.selected
+    assert any("stored as U8, a format that is not read" in item.reason for item in inventory.skipped)
+    assert inventory.parameters == packed.numel() + scale.numel()
+
+
 def test_int8_by_row_and_by_tensor(tmp_path):
     q = torch.randint(-127, 128, (OUT, IN), dtype=torch.int8)
     for index, scale in enumerate((torch.rand(OUT, 1).bfloat16(), torch.rand(1))):
