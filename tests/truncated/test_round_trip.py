@@ -55,6 +55,12 @@ def test_the_rest_of_the_model_is_there_too(saved):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
+def test_options_that_are_not_taken_are_refused(saved):
+    with pytest.raises(SettingsError, match=r"no option device_map, dtype; known: revision.* Move what is loaded"):
+        LMDModel.from_pretrained(saved, dtype=torch.bfloat16, device_map="cpu")
+    assert LMDModel.from_pretrained(saved, local_files_only=True).truncation.layers
+
+
 def test_what_any_tokenizer_or_processor_needs_comes_along(tmp_path):
     base = tmp_path / "base"
     models.make("llama").save_pretrained(base)
