@@ -23,13 +23,13 @@ from lmd_hf.run.progress import progress_bar
 from lmd_hf.run.world import World
 from lmd_hf.weights.identity import with_hashes
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.source import open_source
+from lmd_hf.weights.lora import is_adapter
+from lmd_hf.weights.merged import open_merged
+from lmd_hf.weights.source import FileSource, open_source
 
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from lmd_hf.weights.source import FileSource
 
 
 @overload
@@ -177,9 +177,9 @@ def compare(
     angles between the leading subspaces.
 
     Matrices are paired by name, across prefixes, fused and split projections, tied heads and resized vocabularies; what
-    has no partner is listed with its reason. Models are named as for `analyze`; one pair is in memory at a time in each
-    worker. Of `settings`, roles, layers, match and device apply. What could not be read to the end is in
-    `comparison.unread`. Raises what `analyze` does.
+    has no partner is listed with its reason. Models are named as for `analyze`; a LoRA adapter beside its base is the
+    base with the updates added. One pair is in memory at a time in each worker. Of `settings`, roles, layers, match and
+    device apply. What could not be read to the end is in `comparison.unread`. Raises what `analyze` does.
     """
     settings = settings or Settings()
     check_model(base, revision=base_revision)
@@ -187,6 +187,10 @@ def compare(
     started = time.perf_counter()
     first = open_source(base, revision=base_revision, token=token)
     second = open_source(tuned, revision=tuned_revision, token=token)
+    if isinstance(second, FileSource) and is_adapter(second.config) and not is_adapter(first.config):
+        second = open_merged(second, first, token=token, download=False)
+    elif is_adapter(first.config) and not is_adapter(second.config):
+        raise SettingsError(f"{first.identity.id} is an adapter and {second.identity.id} is none; give the base first")
     opened = time.perf_counter()
     background = ThreadPoolExecutor(1)
     try:

@@ -50,11 +50,12 @@ class Switched(nn.Module):
     """
 
     on: Tensor
+    scale: Tensor
 
     def __init__(self, on: Tensor, scale: float) -> None:
         super().__init__()
         self.register_buffer("on", on)
-        self.scale = scale
+        self.register_buffer("scale", torch.full_like(on[0], scale))  # z means nothing without it
 
     def forward(self, z: Tensor) -> Tensor:
         """S' of z."""

@@ -43,7 +43,8 @@ class LMDLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the factors anew."""
         for factor in (self.projection, self.similarity):
-            nn.init.orthogonal_(factor)
+            wide = torch.empty_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))  # as QR needs it
+            factor.data.copy_(nn.init.orthogonal_(wide))
         nn.init.constant_(self.s, math.sqrt(self.out_features / (3 * len(self.s))))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)

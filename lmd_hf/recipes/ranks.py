@@ -56,7 +56,8 @@ def by_energy(modules: Sequence[Module], energy: float) -> dict[str, int]:
     ranks = {}
     for module in modules:
         held = np.cumsum(shares(module, relative=True))
-        ranks[module.name] = int(np.clip(np.searchsorted(held, energy * (1 - 1e-12)) + 1, 1, module.most))
+        rank = np.searchsorted(held, energy * (1 - 1e-12)) + 1 if module.energy > 0 else 1
+        ranks[module.name] = int(np.clip(rank, 1, module.most))
     return ranks
 
 

@@ -388,7 +388,7 @@ def environment(devices: tuple[torch.device, ...], workers: int) -> dict[str, An
 
 def traffic(*sources: Source, world: World | None = None) -> dict[str, int]:
     """What all ranks have fetched of the sources from the Hub by now, and of how many files; {} where none is there."""
-    links = [s.connection for s in sources if isinstance(s, FileSource) and s.connection is not None]
+    links = {id(s.connection): s.connection for s in sources if isinstance(s, FileSource) and s.connection}.values()
     mine = [(link.bytes_fetched, frozenset(link.files_touched)) for link in links]
     shares = (world or World()).gather(mine)
     if not links:

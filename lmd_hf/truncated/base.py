@@ -20,10 +20,13 @@ from lmd_hf.weights.live import open_live
 from lmd_hf.weights.source import TORCH_DTYPES, FileSource, Source, open_source
 
 
-# what a tokenizer or a processor needs, and the card with its licence
+# what a tokenizer or a processor of transformers needs, and the card with its licence
 COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json", "README.md",
+    "tokenizer*", "*.tokenizer", "audio_tokenizer_config.json", "vocab*", "*_vocab.json", "merges.txt", "*.codes",
+    "dict.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json", "normalizer.json", "emoji.json", "byte_maps.json",
+    "word_shape.json", "word_pronunciation.json", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "generation_config.json", "README.md",
 )  # fmt: skip
 MERGE = "merge it (peft's merge_and_unload) and truncate what that gives"
 QUANTISED = "truncate the model in its full precision, and quantise what that gives"
@@ -89,7 +92,7 @@ def quantisation(config: dict[str, Any] | None) -> str | None:
 def read_companions(folder: Path) -> dict[str, bytes]:
     """{name: bytes} of what is beside the weights in a folder."""
     return {
-        path.name: path.read_bytes()
+        path.relative_to(folder).as_posix(): path.read_bytes()
         for pattern in COMPANIONS
         for path in sorted(folder.glob(pattern))
         if path.is_file()

@@ -81,6 +81,7 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
             save_torch_state_dict(state, save_directory, metadata={"format": "pt"})
             for name, data in self.companions.items():
                 if name not in OWN:
+                    (save_directory / name).parent.mkdir(exist_ok=True)
                     (save_directory / name).write_bytes(data)
             if (generation := getattr(self.model, "generation_config", None)) is not None:
                 generation.save_pretrained(save_directory)
@@ -94,7 +95,11 @@ class LMDModel(nn.Module, ModelHubMixin):  # type: ignore[misc]  # seen as Any
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "LMDModel":
         """The model of a folder or of a repository on the Hub, with the keywords of `ModelHubMixin`. Raises
-        `SourceError` for a repository of another kind, `FormatError` for a damaged one."""
+        `SourceError` for a repository of another kind, `FormatError` for a damaged one, `SettingsError` for other
+        keywords."""
+        if unknown := ", ".join(sorted(options.keys() - set(WHERE))):
+            known = ", ".join(WHERE)
+            raise SettingsError(f"no option {unknown}; known: {known}. Move what is loaded with .to(device, dtype)")
         name = str(pretrained_model_name_or_path)
         found: LMDModel = super().from_pretrained(name if Path(name).is_dir() else hub_id(name), **options)
         return found

@@ -26,7 +26,8 @@ class Place:
     """Where a stored tensor goes. `path` is the module's (without `.weight`); `kind` is one of `linear`, `conv1d`
     (transformers' transposed linear), `conv`, `conv_transposed`, `embedding`, `experts`, `experts_transposed`, `flat`,
     `flat_transposed` (three axes that are one matrix), `vector`, `buffer`, `ignored` (the model class drops it when
-    loading) and `parameter` (anything else). `inside` is the word for the class of the module that holds it:
+    loading), `piece` (of a weight in a format that is not known; `path` is its module's) and `parameter` (anything
+    else). `inside` is the word for the class of the module that holds it:
     `attention`, `mlp` …, "" if that says nothing. `pieces` are the paths that transformers cuts it into along its first
     axis. `module` is where it ends up, if its own name does not say so. `activation` is transformers' name of the one
     activation among the modules around it, "" where there is none, or where there are several."""
@@ -66,6 +67,8 @@ def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module
     by_name = places_by_name(weights)
     ignored = [re.compile(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     places = {}
+    quantised = bool(values and (values.get("quantization_config") or values.get("compression_config")))
+    read = {_owner(mapped[w.name].name, known) for w in weights if w.format != "plain" or _is_matrix(w, mapped, known)}
     for weight in weights:
         target = mapped[weight.name]
         if target.converted:
@@ -76,6 +79,9 @@ def read_tree(weights: tuple[Weight, ...], config: dict[str, Any] | None, module
             places[weight.name] = Place(weight.name, "ignored")
         else:
             places[weight.name] = by_name[weight.name]
+            owner = _owner(target.name, known) if quantised and weight.format == "plain" else None
+            if owner is not None and owner not in read and places[weight.name].kind != "vector":
+                places[weight.name] = Place(owner, "piece")
     companions = {tensor.name for weight in weights for tensor in weight.tensors[1:]}
     unknown = {w.name for w in weights if mapped[w.name].name not in known and places[w.name].kind != "ignored"}
     unknown = {name for name in unknown - companions if name.rpartition(".")[2] not in fact("companions")}
@@ -137,6 +143,21 @@ def _known_parameters(module: nn.Module, config: Config) -> dict[str, Place]:
         for name, _ in child.named_buffers(recurse=False, remove_duplicate=False):
             result[prefix + name] = Place(prefix + name, "buffer")
     return result
+
+
+def _is_matrix(weight: Weight, mapped: dict[str, Target], known: dict[str, Place]) -> bool:
+    """Whether a tensor is a parameter of the model as it is."""
+    place = known.get(mapped[weight.name].name)
+    return place is not None and place.kind != "vector" and weight.dtype.startswith(("F", "BF"))
+
+
+def _owner(name: str, known: dict[str, Place]) -> str | None:
+    """The module with a weight that a tensor lies in, by its name."""
+    while name:
+        name = name.rpartition(".")[0]
+        if f"{name}.weight" in known:
+            return name
+    return None
 
 
 def _inside(path: str, modules: dict[str, nn.Module]) -> str:

@@ -110,6 +110,12 @@ def _is_normed(parts: Parts, settings: dict[str, Any]) -> bool:
     return not gain or (len(gain) == len(shape) and all(g in (1, w) for g, w in zip(gain, shape, strict=True)))
 
 
+def _is_mxfp4(parts: Parts, settings: dict[str, Any]) -> bool:
+    """Whether every 16 bytes, of two numbers each, have an exponent: MXFP6 has one for every 24."""
+    whole = tuple(16 * n for n in parts["scale"].shape[-1:]) == parts["weight"].shape[-1:]
+    return whole and parts["scale"].dtype in ("F8_E8M0", "U8")
+
+
 def _declared_shape(parts: Parts, read: Read | None = None) -> tuple[int, ...]:
     declared = parts["weight"].declared
     return () if declared is None else declared[1]
@@ -172,10 +178,7 @@ FORMATS = {
         {"weight": (".weight",), "scale": _SCALES},
         BYTES,
         _two_a_byte,
-        fits=lambda parts, settings: (
-            parts["scale"].dtype in ("F8_E8M0", "U8")
-            and tuple(16 * n for n in parts["scale"].shape[-1:]) == parts["weight"].shape[-1:]
-        ),
+        fits=_is_mxfp4,
     ),
     "int8": Format(
         unpack.scaled_int,
@@ -191,7 +194,11 @@ FORMATS = {
         _two_a_byte,
     ),
     "mxfp4 packed": Format(
-        unpack.fp4, {"weight": (".weight_packed",), "scale": (".weight_scale",)}, BYTES, _two_a_byte
+        unpack.fp4,
+        {"weight": (".weight_packed",), "scale": (".weight_scale",)},
+        BYTES,
+        _two_a_byte,
+        fits=_is_mxfp4,
     ),
     "pack-quantized": Format(
         unpack.packed_int,

@@ -4,9 +4,8 @@ alias. Reads headers only."""
 import math
 import re
 from dataclasses import replace
-from typing import Any
 
-from lmd_hf.records import ROLES, STACKS, Alias, Inventory, MatrixRef, NormRef, Skipped, Weight
+from lmd_hf.records import Alias, Inventory, MatrixRef, NormRef, Skipped, Weight
 from lmd_hf.weights.adapter import Place, Tree, read_tree
 from lmd_hf.weights.families import (
     Config,
@@ -21,8 +20,9 @@ from lmd_hf.weights.families import (
 )
 from lmd_hf.weights.formats import FP8, INGREDIENT, is_ingredient, list_weights
 from lmd_hf.weights.gguf import in_model_order
-from lmd_hf.weights.lora import Piece, merge, stored_pieces
+from lmd_hf.weights.lora import Piece, merge, stored_pieces, untied
 from lmd_hf.weights.named import find_tree
+from lmd_hf.weights.order import reading_order
 from lmd_hf.weights.source import Source
 
 
@@ -34,20 +34,22 @@ def list_matrices(source: Source) -> Inventory:
     """The inventory of a source: selected + skipped + stored aliases add up to every parameter that is stored."""
     weights = list_weights(source.tensors, source.config, source.read)
     tree = find_tree(weights, source.config, source.module)
-    inventory = _list(source, weights, tree)
+    ties = tree.ties | dict(source.shared)
     if not source.updates:
-        return inventory
-    places = {weight.tensors[0].name: tree.places[weight.name] for weight in weights}
-    return merge(inventory, source.updates, {name: place.module or place.path for name, place in places.items()})
+        return _list(source, weights, tree, ties)
+    weights, ties, held = untied(weights, ties, source.updates)
+    tree = find_tree(weights, source.config, source.module) if held else tree
+    names = {w.tensors[0].name: (tree.places[w.name].module or tree.places[w.name].path, w.name) for w in weights}
+    return merge(_list(source, weights, tree, ties), source.updates, names, held)
 
 
 def list_by_name(source: Source) -> Inventory:
     """What names and shapes alone tell, at once and without importing transformers."""
     weights = list_weights(source.tensors, source.config, source.read)
-    return _list(source, weights, read_tree(weights, None, None))
+    return _list(source, weights, read_tree(weights, None, None), dict(source.shared))
 
 
-def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
+def _list(source: Source, weights: tuple[Weight, ...], tree: Tree, ties: dict[str, str]) -> Inventory:
     context = _Context(weights, tree)
     selected: list[MatrixRef] = []
     skipped: list[Skipped] = []
@@ -59,7 +61,6 @@ def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
             selected += found
     selected = _finish_mlps(selected, context)
     matrices = {context.weight_of[ref.name] for ref in selected}
-    ties = tree.ties | dict(source.shared)
     stored = {weight.name: weight for weight in weights}
     aliases = tuple(
         Alias(name, stored[of].tensors[0].name, stored[of].shape, stored=False)
@@ -68,7 +69,7 @@ def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
     )
     tied = {name: of for name, of in ties.items() if of in stored and stored[of].format == "plain"}
     selected = [replace(ref, tied_to=tied.get(context.weight_of[ref.name])) for ref in selected]
-    selected.sort(key=_reading_order)
+    selected.sort(key=reading_order)
     parameters = sum(
         math.prod(shape) for w in weights for _, shape in stored_pieces(w.format, w.low_rank, w.name, w.shape)
     )
@@ -79,28 +80,6 @@ def _list(source: Source, weights: tuple[Weight, ...], tree: Tree) -> Inventory:
 def pieces(ref: MatrixRef) -> list[Piece]:
     """(name, shape) of the stored parameters that a matrix accounts for: its own, or those of its two factors."""
     return stored_pieces(ref.stored, ref.low_rank, ref.name, ref.shape)
-
-
-def _reading_order(ref: MatrixRef) -> tuple[Any, ...]:
-    """Embeddings first, then layer by layer along the forward pass, then what follows the blocks."""
-    inside = ref.layer is not None
-    place = 1 if inside else 0 if ref.role in ("embed", "conv") else 2
-    experts = ref.expert if ref.expert is not None else 0
-    return (
-        place,
-        STACKS.index(ref.stack),
-        ref.layer or 0,
-        ref.block,
-        ROLES.index(ref.role),
-        experts,
-        _natural(ref.name),
-    )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A sort key in which `experts.10` follows `experts.9`."""
-    pieces = [piece.lstrip("0") if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
-    return [(len(piece) if place % 2 else -1, piece) for place, piece in enumerate(pieces)]
 
 
 class _Context:
@@ -176,9 +155,10 @@ def _describe(weight: Weight, context: _Context) -> list[MatrixRef] | Skipped:
         reason = "empty" if math.prod(weight.shape) == 0 else "buffer, not a weight"
         wide = sum(size > 1 for size in weight.shape)
         return _skip(weight, "vector" if wide < 2 and reason != "empty" else reason)
-    if weight.format == "plain" and weight.dtype not in READABLE:
+    if weight.format == "plain" and (weight.dtype not in READABLE or place.kind == "piece"):
         method = (context.tree.config.values.get("quantization_config") or {}).get("quant_method")
-        stored = f"stored as {weight.dtype}" + (f" by '{method}'" if method else "")
+        stored = f"a part of '{place.path}' " if place.kind == "piece" else ""
+        stored += f"stored as {weight.dtype}" + (f" by '{method}'" if method else "")
         stored += f" ({declared[0]})" if (declared := weight.tensors[0].declared) else ""
         return _skip(weight, f"{stored}, a format that is not read; save a copy dequantised by its own library")
     return _matrices(weight, place, context)

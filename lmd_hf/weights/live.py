@@ -112,7 +112,10 @@ def open_live(module: nn.Module) -> LiveSource:
         values[name] = value
         if elsewhere:
             offloaded[name] = elsewhere
-    tensors = tuple(TensorRef(name, "", 0, 0, dtype_name(v), tuple(v.shape)) for name, v in values.items())
+    tensors = tuple(
+        TensorRef(name, "", 0, v.numel() * v.element_size(), dtype_name(v), tuple(v.shape))
+        for name, v in values.items()
+    )
     raw = config.to_dict() if hasattr(config, "to_dict") else None
     identity = replace(make_identity(identifier, None, None, raw, []), architectures=(type(module).__name__,))
     notes = (f"not initialised, run a forward pass first: {', '.join(unset)}",) if unset else ()

@@ -24,6 +24,17 @@ LARGEST_RANK = 2**31
 MOST_REPEATS = 3  # in a pattern: matching costs some (length of the path)^repeats, and more where groups are repeated
 REPEATS = re.compile(r"(?<!\()[*+?{]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
+# what a configuration may ask for beside W + s·B·A: of the product, of the sum, and of W before the training
+OTHER_PRODUCTS = {
+    "kasa_config": "KaSA puts a diagonal between B and A, and takes a part of the base's weights away",
+    "use_bdlora": "BD-LoRA stores of a factor its diagonal blocks alone",
+    "use_qalora": "QA-LoRA pools the inputs of A",
+}
+OTHER_SUMS = {
+    "alora_invocation_tokens": "aLoRA adds its updates from certain tokens on",
+    "layer_replication": "its base repeats layers",
+}
+MOVED = re.compile("pissa|olora|corda|loftq|lora_ga")
 Piece = tuple[str, tuple[int, ...]]
 Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
@@ -31,7 +42,8 @@ Patterns = tuple[tuple[re.Pattern[str], float], ...]
 @dataclass(frozen=True)
 class Adapter:
     """What adapter_config.json tells of the pairs. `parameters` are the ends of the names of parameters that have pairs
-    of their own, perhaps one for every expert."""
+    of their own, perhaps one for every expert. `no_product` says why updates are no s·B·A, `no_sum` why the base with
+    those added is not the tuned model; "" where they are."""
 
     kind: str
     base: str | None
@@ -42,6 +54,8 @@ class Adapter:
     alphas: Patterns
     ranks: Patterns
     parameters: tuple[str, ...]
+    no_product: str
+    no_sum: str
 
     def scale(self, name: str) -> float:
         """α/r, or α/√r where rsLoRA says so (Kalajdzievski 2023, eq. 6), with the module's own α and r."""
@@ -72,6 +86,7 @@ def read_adapter(config: dict[str, Any]) -> Adapter:
     """The adapter's configuration; `SourceError` if a number in it is none, or a pattern cannot be matched in time."""
     kind = str(config["peft_type"])
     told = config if kind == READ else {}  # other kinds mean other things by these names: an OFT adapter's r may be 0
+    no_product = _first_told(told, OTHER_PRODUCTS)
     try:
         return Adapter(
             kind=kind,
@@ -83,9 +98,20 @@ def read_adapter(config: dict[str, Any]) -> Adapter:
             alphas=_patterns(told.get("alpha_pattern"), _alpha),
             ranks=_patterns(told.get("rank_pattern"), _rank),
             parameters=tuple(map(str, told.get("target_parameters") or ())),
+            no_product=no_product,
+            no_sum=no_product or _moved(told) or _first_told(told, OTHER_SUMS),
         )
     except (TypeError, ValueError, OverflowError, re.error) as error:
         raise SourceError(f"adapter_config.json: {error}; save the adapter again") from None
+
+
+def _first_told(told: dict[str, Any], reasons: dict[str, str]) -> str:
+    return next((reason for key, reason in reasons.items() if told.get(key)), "")
+
+
+def _moved(told: dict[str, Any]) -> str:
+    begun = str(told.get("init_lora_weights")).lower()
+    return f"{begun} began it with a part of the base's weights moved into B and A" if MOVED.match(begun) else ""
 
 
 def _text(config: dict[str, Any], key: str) -> str | None:
@@ -126,7 +152,8 @@ def adapter_note(config: dict[str, Any]) -> str:
     if adapter.kind != READ:
         return f"a PEFT adapter of kind {adapter.kind} for {base}: its tensors are read one by one, not as updates"
     dora = "; DoRA's magnitudes rescale the rows of base + update, and are not in it" if config.get("use_dora") else ""
-    return f"a LoRA adapter for {base}: each row is an update s·B·A, s = α/r as its configuration says{dora}"
+    beside = f"; with them the base is not yet the tuned model: {adapter.no_sum}" if adapter.no_sum else ""
+    return f"a LoRA adapter for {base}: each row is an update s·B·A, s = α/r as its configuration says{dora}{beside}"
 
 
 def list_adapter_weights(tensors: Iterable[TensorRef], config: dict[str, Any]) -> tuple[Weight, ...]:
@@ -160,6 +187,8 @@ def _fitted(adapter: Adapter, path: str, a: TensorRef, b: TensorRef) -> tuple[fl
     parameters = adapter.parameters_of(path.replace(".base_layer", ""))
     told = {(adapter.scale(name), adapter.rank_of(name)) for name in parameters or [path]}
     scale, rank = min(told)
+    if adapter.no_product:
+        return scale, 1, adapter.no_product
     experts = max(1, a.shape[0] // rank) if parameters else 1
     if len(told) == 1 and a.shape[0] == experts * rank == b.shape[1] == math.prod(b.shape[1:]):
         return scale, experts, ""
@@ -221,33 +250,73 @@ def stored_pieces(stored: str, low_rank: LowRank | None, name: str, shape: tuple
     return [(low_rank.right.name, right), (low_rank.left.name, left)]
 
 
-def merge(base: Inventory, adapter: tuple[Weight, ...], names: dict[str, str]) -> Inventory:
+def untied(
+    weights: tuple[Weight, ...], ties: dict[str, str], adapter: tuple[Weight, ...]
+) -> tuple[tuple[Weight, ...], dict[str, str], dict[str, TensorRef]]:
+    """(weights, ties, held) of a base whose adapter has saved one of two tied weights whole, which unties them: another
+    weight for each name that the base does not store, the ties that are left, and the tensor that has its numbers."""
+    saved = {_path(weight.name) for weight in _wholes(adapter)}
+    is_saved = {name: _match(_path(name), saved) is not None for name in {*ties, *ties.values()}}
+    stored = {weight.name: weight for weight in weights}
+    held: dict[str, TensorRef] = {}
+    left: dict[str, str] = {}
+    first: dict[str, str] = {}  # of those that keep the base's numbers; the others are tied to it
+    added = []
+    for name, of in sorted(ties.items()):
+        if of not in stored or stored[of].format != "plain" or not (is_saved[name] or is_saved[of]):
+            left[name] = of
+        elif not is_saved[name] and first.setdefault(of, name) != name:
+            left[name] = first[of]
+        elif name not in stored:
+            (held[name],) = stored[of].tensors
+            added.append(replace(stored[of], name=name, tensors=(replace(held[name], name=name),)))
+    return (*weights, *added), left, held
+
+
+def merge(
+    base: Inventory, adapter: tuple[Weight, ...], names: dict[str, tuple[str, str]], held: dict[str, TensorRef]
+) -> Inventory:
     """The base's inventory with the adapter's updates in it, and its whole modules in place of the base's.
 
-    `names` gives the module path of every matrix of the base by its stored name. A path matches if it is the same, or
-    one ends in the other and no other does. What matches nothing is named in the notes; `SourceError` if nothing does.
+    `names` gives of every matrix of the base, by its stored name, what the model's class calls it, as do adapters, and
+    what the checkpoint does, as do adapters made when the class was another. A path matches if it is the same, or one
+    ends in the other and no other does. What matches nothing, or is of another shape, is named in the notes;
+    `SourceError` if no update matches. `held` are the tensors to read in place of those of that name.
     """
-    paths = {names[ref.name] for ref in base.selected}
-    pairs = {_path(w): w for w in adapter if w.low_rank is not None}
-    modules = {_path(w): w for w in adapter if w.low_rank is None and len(w.shape) > 1}
-    place = {path: _match(path, paths) for path in (*pairs, *modules)}
-    updates = {place[path]: weight for path, weight in pairs.items()}
-    wholes = {place[path]: weight for path, weight in modules.items()}
-    if not updates.keys() - {None}:
-        raise SourceError("no pair of the adapter belongs to a matrix of the base; give the base that it was made for")
-    lost = [path for path, there in place.items() if there is None]
-    selected, added = [], 0
+    paths = {ref.name: tuple(map(_path, names[ref.name])) for ref in base.selected}
+    known = [set(ways) for ways in zip(*paths.values(), strict=True)]
+    changes = [*(weight for weight in adapter if weight.low_rank is not None), *_wholes(adapter)]
+    placed: dict[str | None, list[Weight]] = {}
+    for weight in changes:
+        found = (_match(_path(weight.name), ways) for ways in known)
+        placed.setdefault(next(filter(None, found), None), []).append(weight)
+    selected, used = [], set()
     for ref in base.selected:
-        whole = _replaced(ref, wholes.get(names[ref.name]))
-        added += math.prod(whole.shape) - math.prod(ref.shape)
-        pair = updates.get(names[ref.name])
-        selected.append(whole if pair is None else replace(whole, low_rank=pair.low_rank))
-    notes = [f"{len(lost)} weights of the adapter match no matrix of the base, first '{lost[0]}'"] if lost else []
+        changed = replace(ref, tensors=(held[ref.name],)) if ref.name in held else ref
+        for weight in (weight for path in dict.fromkeys(paths[ref.name]) for weight in placed.get(path, ())):
+            if (result := _changed(changed, weight)) is not None:
+                changed = result
+                used.add(weight)
+        selected.append(changed)
+    if not any(weight.low_rank is not None for weight in used):
+        remedy = "give the base that it was made for; updates of stacked experts are merged by peft alone"
+        raise SourceError(f"no pair of the adapter belongs to a matrix of the base; {remedy}")
+    lost = [_path(weight.name) for weight in changes if weight not in used]
+    told = f"{len(lost)} weights of the adapter match no matrix of the base and are left out, first"
+    notes = [f"{told} '{lost[0]}'"] if lost else []
+    added = sum(math.prod(ref.shape) for ref in selected) - sum(math.prod(ref.shape) for ref in base.selected)
     return replace(base, selected=tuple(selected), parameters=base.parameters + added, notes=(*base.notes, *notes))
 
 
-def _path(weight: Weight) -> str:
-    return weight.name.removesuffix(".weight").removesuffix(".base_layer")
+def _wholes(adapter: tuple[Weight, ...]) -> list[Weight]:
+    """The matrices of the modules that were saved whole."""
+    parts = {tensor.name for weight in adapter if weight.low_rank is not None for tensor in weight.tensors}
+    alone = (weight for weight in adapter if weight.low_rank is None and weight.tensors[0].name not in parts)
+    return [weight for weight in alone if len(weight.shape) > 1]
+
+
+def _path(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".base_layer")
 
 
 def _match(path: str, paths: set[str]) -> str | None:
@@ -257,11 +326,20 @@ def _match(path: str, paths: set[str]) -> str | None:
     return ends[0] if len(ends) == 1 else None
 
 
-def _replaced(ref: MatrixRef, weight: Weight | None) -> MatrixRef:
-    """A matrix of the base, or the module that the adapter saved whole in its place, perhaps with more tokens."""
-    if weight is None or ref.rows or ref.expert is not None:
-        return ref
+def _changed(ref: MatrixRef, weight: Weight) -> MatrixRef | None:
+    """A matrix of the base with the adapter's update, or the module that the adapter saved whole in its place, perhaps
+    with more tokens; `None` where that is of another shape."""
+    if weight.low_rank is not None:
+        return replace(ref, low_rank=weight.low_rank)
     stored = weight.tensors[0]
-    rows, columns = stored.shape[0], math.prod(stored.shape[1:])
-    shape = (columns, rows) if ref.transposed else (rows, columns)
-    return replace(ref, tensors=(stored,), dtype=stored.dtype, stored="plain", shape=shape, tied_to=None)
+    rows, columns = flat = stored.shape[0], math.prod(stored.shape[1:])
+    shape = (columns, rows) if ref.transposed else flat
+    if ref.expert is not None:
+        fits, shape = stored.shape == ref.tensors[0].shape, ref.shape
+    elif ref.rows:
+        fits = shape[1] == ref.shape[1] and shape[0] >= max(stop for _, stop, _ in ref.rows)
+        shape = ref.shape
+    else:
+        fits = columns == ref.shape[0 if ref.transposed else 1]
+    whole = replace(ref, tensors=(stored,), dtype=stored.dtype, stored="plain", shape=shape, tied_to=None)
+    return whole if fits else None

@@ -9,14 +9,15 @@ from torch import nn
 from lmd_hf.errors import SourceError
 from lmd_hf.weights.formats import list_weights
 from lmd_hf.weights.lora import is_adapter, read_adapter
-from lmd_hf.weights.source import FileSource, open_source
+from lmd_hf.weights.source import FileSource, Source, open_source
 
 
 AUTO = "auto"  # the base that the adapter names
 
 
-def open_merged(model: str | Path | nn.Module, base: str | Path, **options: Any) -> FileSource:
-    """The base as a source, with the adapter's weights as its `updates`; `options` are those of `open_source`.
+def open_merged(model: str | Path | nn.Module | FileSource, base: str | Path | Source, **options: Any) -> FileSource:
+    """The base as a source, with the adapter's weights as its `updates`; `options` are those of `open_source`. Both may
+    be open already.
 
     The identity is the adapter's, with the files of both. Raises `SourceError` if `model` is no adapter or names no
     base.
@@ -30,10 +31,15 @@ def open_merged(model: str | Path | nn.Module, base: str | Path, **options: Any)
         raise SourceError(f"{adapter.identity.id}: names no base model; give its id or folder instead of '{AUTO}'")
     if facts.kind != "LORA":
         raise SourceError(f"{adapter.identity.id}: a {facts.kind} adapter; merge it with peft")
+    if facts.no_sum:
+        remedy = "merge it with peft where that can be done, or analyse it without the base"
+        raise SourceError(f"{adapter.identity.id}: {facts.no_sum}, so W + s·B·A is not the tuned model; {remedy}")
     revision = facts.revision if named == facts.base else None
-    below = open_source(named, revision=revision, token=options["token"], download=options["download"])
+    if isinstance(named, (str, Path)):
+        named = open_source(named, revision=revision, token=options["token"], download=options["download"])
+    below = named
     if not isinstance(below, FileSource):
-        raise SourceError(f"{named}: the base of an adapter must be files or a Hub id")
+        raise SourceError(f"{below.identity.id}: the base of an adapter must be files or a Hub id")
     files = {file.name for file in adapter.identity.files}
     identity = replace(
         below.identity,

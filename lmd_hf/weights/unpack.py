@@ -85,6 +85,8 @@ def bitsandbytes_4bit(
     if nested_absmax is not None and nested_code is not None:
         blocks = _blockwise(nested_absmax, facts["nested_blocksize"], absmax.numel())
         absmax = _codebook(nested_code, 256)[absmax.flatten().long()] * blocks + facts["nested_offset"]
+    if absmax.ndim == 2:  # as a forward pass on a CPU leaves it: one row a block of columns
+        absmax = absmax.T
     if len(packed) != -(-count // 2):
         raise ValueError(f"{len(packed)} bytes hold {facts['shape']} of two a byte")
     values, codes = _codebook(code, 16), torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:count].int()

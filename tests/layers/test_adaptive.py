@@ -93,6 +93,12 @@ def test_growing_changes_nothing_and_the_new_axes_learn():
     assert len(latent_spectrum(each)) == 8  # no more than there are
 
 
+def test_a_state_brings_its_own_scale():
+    first, other = layer(rank=4), layer(rank=8, seed=1)
+    other.load_state_dict(first.state_dict())
+    torch.testing.assert_close(other.weight, first.weight)
+
+
 def test_what_is_cut_is_the_least_and_the_budget_holds():
     layers = [layer(rank=8), layer(out=9, width=12, rank=8, seed=2)]
     with torch.no_grad():

@@ -57,6 +57,16 @@ def test_a_new_layer_has_the_size_that_nn_linear_has_and_orthonormal_factors():
     assert layer.weight.norm().item() == pytest.approx(mean.item(), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_new_layer_in_half_precision_is_the_same_rounded(dtype):
+    torch.manual_seed(0)
+    wide = LMDLinear(IN, OUT, RANK)
+    torch.manual_seed(0)
+    narrow = LMDLinear(IN, OUT, RANK, dtype=dtype)
+    for name in ("projection", "s", "similarity"):
+        assert torch.equal(getattr(narrow, name), getattr(wide, name).to(dtype))
+
+
 @pytest.mark.parametrize("rank", [0, -1, 10])
 def test_a_rank_out_of_range_says_the_range(rank):
     with pytest.raises(SettingsError, match=f"rank is {rank}; a layer of 12 × 9 has 1 to 9 axes"):

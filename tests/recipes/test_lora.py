@@ -103,6 +103,7 @@ def test_no_other_ranks_of_that_cost_hold_more(budget):
 def test_energy():
     assert by_energy([module("a", [4, 3, 0])], 0.64) == {"a": 1}
     assert by_energy([module("a", [4, 3, 0])], 0.65) == {"a": 2}
+    assert by_energy([module("a", [0, 0, 0])], 0.65) == {"a": 1}
     for energy in (0, -0.1, 1.01, float("nan")):
         with pytest.raises(SettingsError, match="energy is"):
             by_energy([module("a", [1])], energy)

@@ -55,6 +55,26 @@ def test_the_rest_of_the_model_is_there_too(saved):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
+def test_options_that_are_not_taken_are_refused(saved):
+    with pytest.raises(SettingsError, match=r"no option device_map, dtype; known: revision.* Move what is loaded"):
+        LMDModel.from_pretrained(saved, dtype=torch.bfloat16, device_map="cpu")
+    assert LMDModel.from_pretrained(saved, local_files_only=True).truncation.layers
+
+
+def test_what_any_tokenizer_or_processor_needs_comes_along(tmp_path):
+    base = tmp_path / "base"
+    models.make("llama").save_pretrained(base)
+    names = {"source.spm", "target.spm", "vocab.json", "bpe.codes", "dict.txt", "entity_vocab.json", "normalizer.json",
+             "tekken.json", "video_preprocessor_config.json", "additional_chat_templates/rag.jinja"}  # fmt: skip
+    (base / "additional_chat_templates").mkdir()
+    for name in names:
+        (base / name).write_text("{}")
+    for number in range(2):  # of the base, and of what was made of it
+        model = LMDModel.from_pretrained(tmp_path / "0") if number else truncate(base, rank=3)
+        model.save_pretrained(tmp_path / str(number))
+    assert names <= {path.relative_to(tmp_path / "1").as_posix() for path in (tmp_path / "1").rglob("*.*")}
+
+
 def test_a_merged_model_is_one_of_transformers_and_loads_as_such(small, tmp_path):
     from transformers import AutoModelForCausalLM
 

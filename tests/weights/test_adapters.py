@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lmd_hf
-from lmd_hf.errors import SourceError
+from lmd_hf.errors import SettingsError, SourceError
 from lmd_hf.matrix.kernels import thin
 from lmd_hf.records import Factored
 from lmd_hf.weights.inventory import list_matrices
@@ -129,6 +129,75 @@ def test_modules_saved_whole_are_rows_and_take_the_place_of_the_bases(adapter):
     assert merged["head"].spectral_norm == pytest.approx(2 * plain["head"].spectral_norm, rel=1e-6)
 
 
+WHOLE = {
+    "fused": ("gpt2", ["c_proj"], ["c_attn"]),
+    "fused, gated": ("phi3", ["o_proj"], ["gate_up_proj"]),
+    "tied embedding": ("gpt2", ["c_attn"], ["wte"]),
+    "tied head": ("gpt2", ["c_attn"], ["lm_head"]),
+    "both": ("gpt2", ["c_attn"], ["wte", "lm_head"]),
+    "convolution with DoRA": ("vit", ["projection"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_fused_or_tied_module_saved_whole_is_what_peft_makes_of_it(tmp_path, case):
+    family, targets, whole = WHOLE[case]
+    make(family).save_pretrained(tmp_path / "base")
+    model = trained(family, target_modules=targets, modules_to_save=whole, use_dora="DoRA" in case)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    ours, theirs = lmd_hf.analyze(tmp_path / "adapter", base=tmp_path / "base"), lmd_hf.analyze(tmp_path / "merged")
+    found, expected = ({(m.name, m.part): m for m in report.matrices} for report in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        np.testing.assert_allclose(row.singular_values, expected[key].singular_values, rtol=3e-4, atol=1e-6)
+        assert (row.role, row.shape) == (expected[key].role, expected[key].shape)
+    assert ours.coverage.parameters == theirs.coverage.parameters
+    assert not [note for note in ours.coverage.notes if "left out" in note]
+
+
+@pytest.mark.parametrize(("family", "module"), [("vit", "attention.query"), ("mixtral", "experts.1.w1")])
+def test_an_adapter_made_when_the_class_had_other_names_goes_by_the_checkpoint(tmp_path, family, module):
+    make(family).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    pairs = {}
+    for name in (name for name in stored if name.endswith(f"{module}.weight")):
+        rows, columns = stored[name].shape
+        pairs[f"base_model.model.{name.removesuffix('weight')}lora_A.weight"] = torch.ones(2, columns)
+        pairs[f"base_model.model.{name.removesuffix('weight')}lora_B.weight"] = torch.ones(rows, 2)
+    (tmp_path / "adapter").mkdir()
+    save_file(pairs, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3})
+    )
+    source = open_source(tmp_path / "adapter", base=tmp_path)
+    changed = [ref for ref in list_matrices(source).selected if ref.low_rank is not None]
+    assert len(changed) == len(pairs) / 2 > 0
+    for ref in changed:
+        torch.testing.assert_close(read_matrix(source, ref), stored[ref.name].double() + 3)
+
+
+def test_a_comparison_takes_an_adapter_for_the_base_with_its_updates(adapter):
+    folder, base, model = adapter("llama", target_modules=["q_proj"])
+    change = lmd_hf.compare(base, folder)
+    rows = {row.name: row for row in change.matrices}
+    assert len(rows) == len(lmd_hf.analyze(base).matrices)
+    for name, row in rows.items():
+        delta = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        expected = float(delta.get_delta_weight("default").norm()) if "q_proj" in name else 0
+        assert row.update_norm == pytest.approx(expected, rel=1e-6)
+        assert row.update_rank == (4 if "q_proj" in name else 0)
+    assert lmd_hf.compare(folder, folder).matrices[0].identical
+    with pytest.raises(SettingsError, match=r"is an adapter and .* is none; give the base first"):
+        lmd_hf.compare(folder, base)
+    with pytest.raises(SourceError, match="LlamaForCausalLM: the base of an adapter must be files or a Hub id"):
+        lmd_hf.compare(make("llama"), folder)
+
+
 def test_dora_alone_says_what_is_not_in_the_rows(adapter):
     folder, _, _ = adapter("llama", target_modules=["q_proj"], use_dora=True)
     coverage = lmd_hf.analyze(folder).coverage
@@ -205,6 +274,33 @@ def test_a_pair_that_is_not_what_its_configuration_says_is_listed(tmp_path, case
     assert (coverage.decomposed, coverage.parameters) == (0, a.numel() + b.numel())
     assert sum(s.shape[0] * s.shape[1] for s in coverage.skipped) == coverage.parameters
     assert all(s.reason.startswith(("its factors A and B are", "its A", "the product")) for s in coverage.skipped)
+
+
+BEYOND = {
+    "pissa": ({"init_lora_weights": "pissa"}, "pissa began it with a part of the base's weights moved"),
+    "olora": ({"init_lora_weights": "olora"}, "olora began it"),
+    "activated": ({"alora_invocation_tokens": [1]}, "aLoRA adds its updates from certain tokens on"),
+    "repeated": ({"layer_replication": [[0, 2], [0, 2]]}, "its base repeats layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_updates_that_do_not_make_the_tuned_model_of_the_base_are_not_added_to_it(adapter, case):
+    options, reason = BEYOND[case]
+    folder, _, _ = adapter("llama", target_modules=["q_proj"], **options)
+    report = lmd_hf.analyze(folder)
+    assert {m.stored for m in report.matrices} == {"lora"}
+    assert f"; with them the base is not yet the tuned model: {reason}" in report.coverage.notes[0]
+    with pytest.raises(SourceError, match=reason):
+        lmd_hf.analyze(folder, base="auto")
+
+
+@pytest.mark.parametrize(
+    "told", [{"kasa_config": {"beta": 1e-4}}, {"use_bdlora": {"nblocks": 2}}, {"use_qalora": True}]
+)
+def test_updates_that_are_no_product_of_two_factors_are_listed(tmp_path, told):
+    coverage = pair(tmp_path, *FITTING, **told).coverage
+    assert (coverage.decomposed, len(coverage.skipped)) == (0, 2)
 
 
 def test_a_base_whose_update_does_not_fit_is_listed_too(adapter):

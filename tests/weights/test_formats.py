@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from models import make
+from safetensors.torch import load_file, save_file
 from stored import E2M1, FORMATS, groups, pack_awq, pack_bits, scale_order, tile_order, torchao_int4, two_a_byte
 
 import lmd_hf
@@ -147,6 +148,15 @@ def test_fp4_in_bytes(tmp_path, kind):
     ref, found = read(tmp_path, tensors | {f"{NAME}.weight_scale": scale})
     assert torch.equal(found.matrix, E2M1[codes.int()] * factor.repeat_interleave(size, 1))
     assert ref.shape == (OUT, IN)
+
+
+def test_mxfp6_is_not_taken_for_mxfp4(tmp_path):
+    packed, scale = torch.zeros(OUT, IN * 6 // 8, dtype=torch.uint8), torch.zeros(OUT, IN // 32, dtype=torch.uint8)
+    save_file({f"{NAME}.weight_packed": packed, f"{NAME}.weight_scale": scale}, tmp_path / "model.safetensors")
+    inventory = list_matrices(open_source(tmp_path))
+    assert not inventory.selected
+    assert any("stored as U8, a format that is not read" in item.reason for item in inventory.skipped)
+    assert inventory.parameters == packed.numel() + scale.numel()
 
 
 def test_int8_by_row_and_by_tensor(tmp_path):
@@ -470,6 +480,29 @@ def test_an_unknown_format_is_listed_with_its_method(tmp_path):
     assert "stored as I16 by 'aqlm', a format that is not read" in inventory.skipped[0].reason
 
 
+PIECES = {
+    "sparse": {"compressed": torch.ones(32, 16, dtype=torch.bfloat16), "bitmask": torch.ones(32, 4).byte()},
+    "quanto": {"weight._data": torch.ones(32, 32).to(torch.float8_e4m3fn), "weight._scale": torch.ones(32, 1)},
+    "svdquant": {"qweight": torch.ones(32, 16).char(), "proj_down": torch.ones(32, 4), "wscales": torch.ones(1, 32)},
+    "vptq": {"centroids.weight": torch.ones(1, 256), "indices": torch.ones(32, 2).int(), "bias": torch.ones(32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_pieces_of_a_format_that_is_not_read_are_no_matrices(tmp_path, kind):
+    make("llama").save_pretrained(tmp_path)
+    state, path = load_file(tmp_path / "model.safetensors"), "model.layers.0.self_attn.q_proj"
+    del state[f"{path}.weight"]
+    save_file(state | {f"{path}.{end}": value for end, value in PIECES[kind].items()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": kind}}))
+    inventory = list_matrices(open_source(tmp_path))
+    assert not [ref.name for ref in inventory.selected if path in ref.name]
+    reasons = [item.reason for item in inventory.skipped if path in item.name and item.reason != "vector"]
+    assert len(reasons) == len(PIECES[kind].keys() - {"bias"})
+    assert all(reason.startswith(f"a part of '{path}' stored as ") and f"by '{kind}'" in reason for reason in reasons)
+
+
 # --- against the formats' own libraries --------------------------------------------------------------------------
 
 
@@ -487,6 +520,21 @@ def test_bitsandbytes_4bit(tmp_path, kind, nested):
     assert ref.shape == (OUT, IN)
     error = float((found.matrix - w).double().square().mean().sqrt())
     assert error < found.rounding.absolute < 4 * error  # the largest error is above the usual one
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_bitsandbytes_4bit_live(nested, used):
+    """Also after a forward pass, for which bitsandbytes packs a layer anew where the CPU has instructions for that."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(IN, OUT, bias=False, quant_type="nf4", compress_statistics=nested).to("cpu").eval()
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).clone()
+    if used:
+        layer(torch.ones(1, IN))
+    source = open_source(torch.nn.Sequential(layer))
+    (ref,) = list_matrices(source).selected
+    found = read_stored(source, ref).matrix
+    assert torch.linalg.norm(found - expected) < (0.01 if used else 1e-6) * torch.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
