@@ -199,7 +199,8 @@ def test_positions_of_keypoints_are_rotary():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("RoFormer", (False, True)), ("NanoChat", (True, True)), ("Llama", (False, True))]
+    ("name", "expected"),
+    [("RoFormer", (False, True)), ("VJEPA2", (False, True)), ("NanoChat", (True, True)), ("Llama", (False, True))],
 )
 def test_norms_and_rotations_without_parameters_are_told(name, expected):
     with torch.device("meta"):
