@@ -240,12 +240,27 @@ def test_positions_of_keypoints_are_rotary():
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("RoFormer", (False, True)), ("NanoChat", (True, True)), ("Llama", (False, True))]
+    ("name", "expected"),
+    [("RoFormer", (False, True)), ("VJEPA2", (False, True)), ("NanoChat", (True, True)), ("Llama", (False, True))],
 )
 def test_norms_and_rotations_without_parameters_are_told(name, expected):
     with torch.device("meta"):
         heads, _ = heads_of(getattr(t, f"{name}Model")(getattr(t, f"{name}Config")(num_hidden_layers=1)))
     assert {(head.qk_norm, head.rotary) for head in heads} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"num_heads": HEADS, "hidden_size": 64, "embed_dim": 32}, HEADS),  # Qwen2-VL's vision tower, merged into 64
+        ({"attention_heads": HEADS, "hidden_size": 32}, HEADS),  # Mllama's
+        ({"num_heads": HEADS, "hidden_size": 64, "embed_dim": 16}, 0),
+    ],
+)
+def test_heads_of_vision_towers_are_counted_as_they_call_them(config, count):
+    inventory = list_matrices(open_source(models.make("gpt2")))
+    heads, _ = list_heads(replace(inventory, config=config))
+    assert len(heads) == 2 * count
 
 
 def test_both_towers_and_files_have_their_heads(save):
