@@ -83,6 +83,8 @@ def test_energy_is_kept_in_every_matrix():
         left = each.left_out()
         assert rank is None or left[rank] <= 0.2 < left[rank - 1]
     assert by_energy([Curve((4, 4), np.array([1.0]), 3.0)], 0.8) == (None,)
+    equal = Curve((40, 40), np.ones(10), 0.0)
+    assert [by_energy([equal], tenths / 10)[0] for tenths in range(1, 10)] == list(range(1, 10))
 
 
 def test_a_budget_below_one_axis_each_says_what_it_takes():
