@@ -49,8 +49,9 @@ def truncate(
     Of all matrices of that rank the one put in has the least error in the `metric`: that of W (`identity`), of W times
     the gain of the norm before it (`norm`), of its outputs over `data` (`data`), or of the model over `data`, to second
     order (`fisher`: ½‖F^½(W − W')M_X^½‖², F the Fisher information of the layer's outputs, sampled from the model's own
-    predictions; Martens & Grosse 2015, arXiv 1503.05671). With data, biases also take up (W − W')x̄, and c is ½ tr F/O,
-    or with `fisher` ½. `data` is a file or dataset as for `analyze`, or a `Data` with its settings. With `evaluate`,
+    predictions, with a tenth of its mean eigenvalue added; Martens & Grosse 2015, arXiv 1503.05671). With data, biases
+    also take up (W − W')x̄, and c is ½ tr F/O, or with `fisher` ½.
+    `data` is a file or dataset as for `analyze`, or a `Data` with its settings. With `evaluate`,
     held-out text, the loss of a causal language model is measured before and after, and the card tells it.
 
     `model` is a Hub id or a folder, loaded without remote code, or a live module, which stays as it is; parameters that
