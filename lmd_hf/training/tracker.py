@@ -54,7 +54,8 @@ class LMDTracker:
 
     The start is measured at once, then every `every` steps as many matrices as fit into `budget`, a share of the time
     that the training itself takes (`None`: all of them, whatever it takes): those first that were measured longest ago,
-    of these the cheapest. The rest waits for its turn. What takes no gradients is measured once, and again after it
+    of these the cheapest. The rest waits for its turn; one that takes longer than there is room lets others go first
+    for as long as it takes, and then they wait for it. What takes no gradients is measured once, and again after it
     took some; of a model with adapters of peft, their updates are measured. `roles` and `metric` (`identity` or `norm`)
     are as for `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
 
@@ -88,6 +89,7 @@ class LMDTracker:
         self._moved: dict[Key, Moved] = {}
         self._frozen: set[Key] = set()
         self._moving: set[Key] = set()  # what has taken gradients since its last point, or takes them now
+        self._waited: dict[Key, float] = {}  # seconds that others took while there was no room for this one
         with self.budget.spending():
             sources = self._open()
             listed = [list_matrices(source) for source in sources]
@@ -121,12 +123,20 @@ class LMDTracker:
             with self.budget.spending():
                 sources = self._open()
                 self._look_for_gradients(sources)
+            passed: list[Key] = []
+            taken = 0.0
             for work in self._due():
-                room -= self.budget.expected(work)
-                if room < 0:
+                seconds = self.budget.expected(work)
+                if seconds <= room - taken:
+                    taken += seconds
+                    self._waited.pop(_key(work), None)
+                    with self.budget.spending(work):
+                        self._measure(sources, work)
+                elif floor or self._waited.get(_key(work), 0.0) < seconds:
+                    passed.append(_key(work))
+                else:  # it has let others go first for as long as it takes; now they save up for it
                     break
-                with self.budget.spending(work):
-                    self._measure(sources, work)
+            self._waited |= {key: self._waited.get(key, 0.0) + taken for key in passed}
         return summary(self.points, self.steps)
 
     def convergence(self, history: Sequence[dict[str, Any]] | None = None) -> Convergence:
