@@ -61,8 +61,8 @@ class LMDTracker:
 
     The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
     `resume` is the folder of an earlier `checkpoint` (`None`: there is none) and the step to go on from. Raises
-    `SettingsError` for a selection that leaves nothing, or nothing that is trained, `FormatError` for a damaged
-    checkpoint, and `SourceError` where parameters are spread over processes.
+    `SettingsError` for a selection that leaves nothing, or nothing that is trained, `FormatError` for a checkpoint that
+    is damaged or in another metric, and `SourceError` where parameters are spread over processes.
     """
 
     def __init__(
@@ -186,7 +186,8 @@ class LMDTracker:
             for field, tensor in to_tensors(view).items()
         }
         series = {SERIES: lambda path: write_series(self.points, path)}
-        write_folder(Path(folder), {**series, VIEWS: lambda path: save_file(views, path)})
+        told = {"metric": self._metric}
+        write_folder(Path(folder), {**series, VIEWS: lambda path: save_file(views, path, metadata=told)})
 
     def told(self, history: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The verdict and what measuring took, as JSON types."""
@@ -215,6 +216,10 @@ class LMDTracker:
         tensors: dict[tuple[Key, str], dict[str, Tensor]] = {}
         try:
             with safe_open(folder / VIEWS, framework="pt") as file:
+                metric = (file.metadata() or {}).get("metric", self._metric)
+                if metric != self._metric:
+                    remedy = f"give metric='{metric}', or move it away to begin anew"
+                    raise FormatError(f"{folder}: no series in the metric '{self._metric}' but in '{metric}'; {remedy}")
                 for label in file.keys():  # noqa: SIM118 (it is no dictionary)
                     kept, part, name, field = label.split("|", 3)
                     tensors.setdefault(((name, part), kept), {})[field] = file.get_tensor(label)

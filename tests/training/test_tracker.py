@@ -258,6 +258,13 @@ def test_saved_and_resumed(tmp_path):
         LMDTracker(model, resume=(tmp_path, 20))
 
 
+def test_a_series_does_not_go_on_in_another_metric(tmp_path):
+    model = make("llama")
+    LMDTracker(model, roles=["q"], budget=None).checkpoint(tmp_path)
+    with pytest.raises(FormatError, match="no series in the metric 'norm' but in 'identity'; give metric='identity'"):
+        LMDTracker(model, roles=["q"], metric="norm", resume=(tmp_path, 0))
+
+
 def test_a_verdict_from_all_evidence():
     model = network()
     tracker = LMDTracker(model, every=5, budget=None)
