@@ -296,8 +296,7 @@ class Bench:
         except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
             if isinstance(w, Factored):
                 return _skipped(ref, str(error))
-            bad = count_unfit(w)
-            part = f"{ref.part}: " if ref.part else ""
+            part, bad = f"{ref.part}: " if ref.part else "", count_unfit(w)
             return _skipped(ref, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
 
     def _decomposed(self, reads: ReadAhead, work: Work, stored: Stored) -> Spectra:
