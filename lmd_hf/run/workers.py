@@ -27,6 +27,9 @@ MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 MEMORY_AHEAD = 2**29  # bytes of a model whose turn has not come: all of a small one, or
 AHEAD_SHARE = 0.1  # of the memory that is free, if that is less
 
+FALLS_BACK = (torch.OutOfMemoryError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+NO_ROOM = ("out of memory", "ALLOC_FAILED")  # so CUDA says it where torch asks for no memory itself, and cuSOLVER
+
 T = TypeVar("T")
 _first_call = threading.Lock()
 _settings = threading.Lock()  # of the whole process, and several threads of it may be here at once:
@@ -99,11 +102,14 @@ _streams = threading.local()
 
 
 def with_room(step: Callable[[torch.device], T], device: torch.device) -> T:
-    """A step on that device, or on the CPU where the device, which others may use too, has no memory left for it."""
+    """A step on that device, or on the CPU where the device, which others may use too, has no memory left for it, or
+    its solver does not converge, as LAPACK's may."""
     try:
         return step(device)
+    except FALLS_BACK:
+        pass
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # so cuSOLVER says it
+        if not any(word in str(error) for word in NO_ROOM):
             raise
     return step(torch.device("cpu"))
 
@@ -113,7 +119,8 @@ def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     the CPU where that is asked for.
 
     On a GPU this thread works in a stream of its own from here on, and the copy, from pinned memory, leaves the other
-    threads' kernels running; what is there already may still be written by the stream that made it.
+    threads' kernels running; what is there already, the matrix or a metric that it meets, may still be written by the
+    stream that made it.
     """
     device = device if device.type == "cpu" else getattr(_hand, "device", device)
     if device.type != "cuda":
@@ -121,6 +128,7 @@ def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     if getattr(_streams, "device", None) != device:
         _streams.device, _streams.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     torch.cuda.set_stream(_streams.stream)
+    _streams.stream.wait_stream(torch.cuda.default_stream(device))
     if matrix.is_cuda:
         _streams.stream.wait_stream(torch.cuda.default_stream(matrix.device))
         return matrix.to(device)

@@ -12,7 +12,7 @@ from lmd_hf.compat import let_go_of_blas
 from lmd_hf.records import Settings
 from lmd_hf.run import workers
 from lmd_hf.run.plan import make_plan
-from lmd_hf.run.workers import single_torch_threads, upload, worker_pool
+from lmd_hf.run.workers import single_torch_threads, upload, with_room, worker_pool
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
 
@@ -101,6 +101,32 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch):
     assert workers._cores() == max(1, alone // 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert workers._cores() == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),  # of pinned memory, or the driver's own
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"),
+        torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge"),
+    ],
+)
+def test_what_a_device_cannot_do_the_cpu_does(error):
+    def step(device):
+        if device.type != "cpu":
+            raise error
+        return device.type
+
+    assert with_room(step, torch.device("cuda")) == "cpu"
+
+
+def test_other_errors_of_a_device_are_errors():
+    def step(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        with_room(step, torch.device("cuda"))
 
 
 def test_on_the_cpu_nothing_is_copied():
