@@ -25,7 +25,7 @@ from lmd_hf.training.views import Moved, View, from_tensors, look, moved, to_ten
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.live import LiveSource
 from lmd_hf.weights.source import Source, open_source
-from lmd_hf.weights.stored import Stored, read_stored
+from lmd_hf.weights.stored import read_stored
 
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class LMDTracker:
             self.skipped[ref.name] = "it is in the model no longer, or in no active adapter"
             return
         try:
-            stored = _where_float64_is(read_stored(source, ref))
+            stored = read_stored(source, ref)
             gain = read_metric(source, ref, self._metric)
             row = to_row(ref, measure(work, stored, gain), kernel=work.kernel)
             now = look(self.steps, row, stored, gain)
@@ -296,10 +296,3 @@ def _holder(sources: tuple[Source, ...], ref: MatrixRef) -> Source | None:
 def _is_frozen(sources: tuple[Source, ...], ref: MatrixRef) -> bool:
     source = _holder(sources, ref)
     return source is None or (isinstance(source, LiveSource) and not takes_gradients(source, ref))
-
-
-def _where_float64_is(stored: Stored) -> Stored:
-    """The matrix on its own device, but for Apple's, which has no float64."""
-    if isinstance(stored.matrix, Tensor) and stored.matrix.device.type == "mps":
-        return replace(stored, matrix=stored.matrix.cpu())
-    return stored
