@@ -19,7 +19,7 @@ from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_wei
 from lmd_hf.run.measure import measure, read_metric, to_row
 from lmd_hf.run.plan import make_plan
 from lmd_hf.training.budget import FLOOR_SECONDS, Budget
-from lmd_hf.training.series import Point, read_series, summary, to_point, write_series
+from lmd_hf.training.series import Point, latest, read_series, summary, to_point, write_series
 from lmd_hf.training.source import open_training, takes_gradients
 from lmd_hf.training.views import Moved, View, from_tensors, look, moved, to_tensors
 from lmd_hf.weights.inventory import list_matrices
@@ -84,6 +84,7 @@ class LMDTracker:
         self.skipped: dict[str, str] = {}
         self.steps = 0
         self._losses: list[dict[str, Any]] = []
+        self._last: dict[Key, Point] = {}
         self._views: dict[Key, dict[str, View]] = {}
         self._rows: dict[Key, MatrixReport] = {}
         self._moved: dict[Key, Moved] = {}
@@ -120,6 +121,8 @@ class LMDTracker:
         of every matrix (`lmd/latent_dim`, `lmd/subspace_cos2` …)."""
         room = self.budget.room(floor)
         if room > 0:
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()  # what the training has queued there is its own time
             with self.budget.spending():
                 sources = self._open()
                 self._look_for_gradients(sources)
@@ -137,7 +140,7 @@ class LMDTracker:
                 else:  # it has let others go first for as long as it takes; now they save up for it
                     break
             self._waited |= {key: self._waited.get(key, 0.0) + taken for key in passed}
-        return summary(self.points, self.steps)
+        return summary(self._last.values(), self.steps)
 
     def convergence(self, history: Sequence[dict[str, Any]] | None = None) -> Convergence:
         """The verdict from the losses (`history`: a Trainer's `log_history`), from how far the matrices moved since
@@ -213,6 +216,7 @@ class LMDTracker:
             return
         known = {_key(work) for work in self._works}
         self.points = [p for p in read_series(folder / SERIES) if p.step <= self.steps and (p.name, p.part) in known]
+        self._last = latest(self.points)
         tensors: dict[tuple[Key, str], dict[str, Tensor]] = {}
         try:
             with safe_open(folder / VIEWS, framework="pt") as file:
@@ -241,7 +245,7 @@ class LMDTracker:
     def _due(self) -> list[Work]:
         """What was measured longest ago first (before that what never was), of these the cheapest; what has taken no
         gradients since its last point is not due."""
-        seen = {(p.name, p.part): p.step for p in self.points}
+        seen = {key: point.step for key, point in self._last.items()}
         works = [w for w in self._works if _key(w) in self._moving or _key(w) not in seen]
         return sorted((w for w in works if seen.get(_key(w), -1) < self.steps), key=lambda w: seen.get(_key(w), -1))
 
@@ -270,7 +274,8 @@ class LMDTracker:
             kept[OLDER], kept[NEWER] = kept.get(NEWER, now), now
         self._rows[_key(work)], self._moved[_key(work)] = row, moved(kept[OLDER], now, row)
         since_first = moved(kept[FIRST], now, row)
-        self.points.append(to_point(self.steps, row, since_first, self.budget.clock() - begun))
+        self._last[_key(work)] = to_point(self.steps, row, since_first, self.budget.clock() - begun)
+        self.points.append(self._last[_key(work)])
 
 
 def checked(roles: Iterable[str], metric: str, budget: float | None) -> dict[str, Any]:

@@ -114,6 +114,29 @@ def test_one_that_is_too_expensive_keeps_no_other_from_being_measured():
     assert len(measured(17)) == 2
 
 
+def test_a_long_series_makes_no_step_longer():
+    class Series(list):
+        def __iter__(self):
+            raise AssertionError("read from its beginning, in every step")
+
+    tracker = LMDTracker(network(), every=1, budget=None)
+    tracker.points = Series(tracker.points)
+    assert tracker.step()["lmd/measured"] == tracker.step()["lmd/measured"] == 2
+    assert len(tracker.points) == 6
+
+
+def test_what_a_gpu_has_still_to_do_is_training_time(monkeypatch):
+    tracker = LMDTracker(network(), every=1, budget=None)
+    now = [tracker.budget.clock()]
+    tracker.budget.clock = lambda: now[0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + 100.0))
+    before = tracker.budget.spent, tracker.budget.trained
+    tracker.step()
+    assert tracker.budget.spent == before[0]
+    assert tracker.budget.trained == pytest.approx(before[1] + 100.0)
+
+
 def test_time_spent_keeps_to_the_share(monkeypatch):
     monkeypatch.setattr("lmd_hf.training.budget.ENDING_SECONDS", 0.0)
     monkeypatch.setattr("lmd_hf.training.tracker.FLOOR_SECONDS", 0.0)
