@@ -18,6 +18,7 @@ else:
 __all__ = [
     "Target",
     "checkpoint_key_map",
+    "let_go_of_blas",
     "local_processes",
     "local_rank",
     "output_to_errors",
@@ -137,6 +138,17 @@ def run_experts_on_cpu(model: Any) -> None:
 
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU"):
         model.set_experts_implementation("eager")
+
+
+def let_go_of_blas() -> None:
+    """Let every thread set how many threads BLAS uses: since threadpoolctl 3.8 only the one that did it first can, for
+    as long as it lives, and what others set is ignored in silence."""
+    import threadpoolctl
+
+    controller = getattr(threadpoolctl, "OpenBLASController", None)
+    clear = getattr(controller, "clear_controlling_thread", None)
+    if clear is not None:
+        clear()
 
 
 @contextmanager

@@ -136,6 +136,20 @@ def test_a_card_keeps_its_line_breaks_and_a_link_stays_one(tmp_path):
     assert written.count(b"\n") == written.count(b"\r\n") > 10
 
 
+def test_the_card_names_what_could_not_be_measured_to_the_end(tmp_path):
+    callback = LMDCallback(budget=None)
+    ran = trainer(tmp_path, callback, max_steps=2)
+    ran.train()
+    assert "could not be measured" not in (tmp_path / "README.md").read_text()
+    with torch.no_grad():
+        ran.model.lm_head.weight[0, 0] = torch.nan
+    callback.tracker.steps = 3
+    callback.tracker.measure()
+    callback.write_section(tmp_path / "README.md", ran.state)
+    told = "1 could not be measured at the end, first `lm_head.weight` (the matrix holds NaN or infinity)"
+    assert told in (tmp_path / "README.md").read_text()
+
+
 def test_a_folder_that_takes_no_file_stops_no_training(tmp_path):
     (tmp_path / "lmd").write_text("in the way")
     with pytest.warns(UserWarning, match="goes on without: cannot write to"):

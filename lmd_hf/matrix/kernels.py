@@ -139,6 +139,11 @@ def get_kernel(name: str) -> Callable[..., Spectrum]:
     return KERNELS[name]
 
 
+def count_unfit(w: Tensor) -> int:
+    """How many entries are NaN or infinity. torch cannot tell of 8-bit floats, which float32 holds exactly."""
+    return int(w.numel() - torch.isfinite(w.float() if w.element_size() == 1 else w).sum().item())
+
+
 def power_of_two(w: Tensor) -> float:
     """A power of two near max|W|, so that squares of float64 entries neither overflow nor vanish; 1 for shorter types,
     whose squares always fit."""

@@ -100,7 +100,7 @@ def decompose(
         raise ValueError(
             f"decompose takes a dense matrix of floating-point numbers as a torch tensor, not {_kind(w_OI)}"
         )
-    w_OI = w_OI.detach()
+    w_OI = w_OI.detach().to(torch.float64)
     m_x, m_y = input_metric or identity(), output_metric or identity()
     full = min(w_OI.shape)
     rank = full if rank is None else rank
@@ -111,7 +111,7 @@ def decompose(
     for metric, size, side in ((m_x, w_OI.shape[1], "input"), (m_y, w_OI.shape[0], "output")):
         if metric.eigenvalues is not None and len(metric.eigenvalues) != size:
             raise ValueError(f"the {side} metric has size {len(metric.eigenvalues)}, the matrix needs {size}")
-    core_OI = m_x.power_times(0.5, m_y.power_times(-0.5, w_OI.to(torch.float64)).T).T
+    core_OI = m_x.power_times(0.5, m_y.power_times(-0.5, w_OI).T).T
     if kernel not in FACTORS:
         raise SettingsError(f"no kernel '{kernel}'; known: {', '.join(FACTORS)}")
     p_OK, s_K, q_IK, error = FACTORS[kernel](core_OI, rank)

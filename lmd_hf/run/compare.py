@@ -12,6 +12,7 @@ from torch import Tensor
 from lmd_hf.changes import Changes, Matching, MatrixChange, Pair, Unmatched, VectorChange
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.change import Drift, Side, Update, measure_change
+from lmd_hf.matrix.kernels import count_unfit
 from lmd_hf.records import UNREAD, Factored, MatrixRef, TensorRef
 from lmd_hf.run.execute import environment, traffic
 from lmd_hf.run.read_ahead import READERS, ReadAhead, reading_pairs
@@ -95,7 +96,7 @@ def _why(error: Exception) -> str:
 
 def _bad(w: Tensor) -> str:
     """Why these numbers cannot be compared, "" if they can."""
-    bad = int(w.numel() - torch.isfinite(w).sum().item())
+    bad = count_unfit(w)
     return f"holds NaN or infinity ({bad} of {w.numel()} entries)" if bad else ""
 
 

@@ -16,6 +16,7 @@ import torch
 
 from lmd_hf.errors import FormatError, NoDataError, SourceError
 from lmd_hf.matrix.batched import exact_each
+from lmd_hf.matrix.kernels import count_unfit
 from lmd_hf.matrix.metrics import Metric, norm
 from lmd_hf.matrix.spectrum import Spectrum
 from lmd_hf.records import UNREAD, Alias, Factored, MatrixRef, MatrixReport, Plan, Results, Skipped, Work
@@ -295,8 +296,7 @@ class Bench:
         except ValueError as error:  # NaN or infinity, in the matrix or in the gain that feeds it
             if isinstance(w, Factored):
                 return _skipped(ref, str(error))
-            bad = int(w.numel() - torch.isfinite(w).sum().item())
-            part = f"{ref.part}: " if ref.part else ""
+            part, bad = f"{ref.part}: " if ref.part else "", count_unfit(w)
             return _skipped(ref, f"{part}{error}" + (f" ({bad} of {w.numel()} entries)" if bad else ""))
 
     def _decomposed(self, reads: ReadAhead, work: Work, stored: Stored) -> Spectra:

@@ -234,7 +234,7 @@ def place_key(ref: MatrixRef, hashes: dict[str, str | None], metric: str, proced
     spans = [(hashes.get(t.file), t.name, t.start, t.stop, t.dtype, t.shape) for t in tensors if t is not None]
     if any(file is None for file, *_ in spans):
         return PLACE
-    turned = ref.transposed and (ref.rows != () or norm is not None)  # else no singular value feels it
+    turned = ref.transposed and (ref.rows != () or norm is not None or pair is not None)  # else no σ feels it
     recipe = (ref.stored, ref.rows, ref.expert, turned, norm and norm.offset)
     update = pair and (pair.scale, pair.experts)
     told = repr((VERSION, procedure, device.type, spans, recipe, update))

@@ -13,7 +13,7 @@ import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
-from lmd_hf.compat import local_processes, local_rank
+from lmd_hf.compat import let_go_of_blas, local_processes, local_rank
 from lmd_hf.errors import SettingsError, first_line
 from lmd_hf.records import Work
 from lmd_hf.weights.source import FileSource, Source
@@ -27,8 +27,14 @@ MEMORY_PER_CORE = 48 * 2**20  # bytes for each core, if that is more
 MEMORY_AHEAD = 2**29  # bytes of a model whose turn has not come: all of a small one, or
 AHEAD_SHARE = 0.1  # of the memory that is free, if that is less
 
+FALLS_BACK = (torch.OutOfMemoryError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+NO_ROOM = ("out of memory", "ALLOC_FAILED")  # so CUDA says it where torch asks for no memory itself, and cuSOLVER
+
 T = TypeVar("T")
 _first_call = threading.Lock()
+_settings = threading.Lock()  # of the whole process, and several threads of it may be here at once:
+_blas_before: list[threadpool_limits] = []  # what each found; the first alone found what is to be put back
+_torch_before: list[int] = []
 
 
 def pick_device(name: str) -> torch.device:
@@ -96,11 +102,14 @@ _streams = threading.local()
 
 
 def with_room(step: Callable[[torch.device], T], device: torch.device) -> T:
-    """A step on that device, or on the CPU where the device, which others may use too, has no memory left for it."""
+    """A step on that device, or on the CPU where the device, which others may use too, has no memory left for it, or
+    its solver does not converge, as LAPACK's may."""
     try:
         return step(device)
+    except FALLS_BACK:
+        pass
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # so cuSOLVER says it
+        if not any(word in str(error) for word in NO_ROOM):
             raise
     return step(torch.device("cpu"))
 
@@ -110,7 +119,8 @@ def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     the CPU where that is asked for.
 
     On a GPU this thread works in a stream of its own from here on, and the copy, from pinned memory, leaves the other
-    threads' kernels running; what is there already may still be written by the stream that made it.
+    threads' kernels running; what is there already, the matrix or a metric that it meets, may still be written by the
+    stream that made it.
     """
     device = device if device.type == "cpu" else getattr(_hand, "device", device)
     if device.type != "cuda":
@@ -118,6 +128,7 @@ def upload(matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
     if getattr(_streams, "device", None) != device:
         _streams.device, _streams.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     torch.cuda.set_stream(_streams.stream)
+    _streams.stream.wait_stream(torch.cuda.default_stream(device))
     if matrix.is_cuda:
         _streams.stream.wait_stream(torch.cuda.default_stream(matrix.device))
         return matrix.to(device)
@@ -144,7 +155,9 @@ def worker_pool(workers: int, matrices: int, devices: tuple[torch.device, ...] =
         thread_name_prefix="lmd_hf",
         initializer=(lambda: setattr(_hand, "device", next(turns))) if devices else None,
     )
-    limits = threadpool_limits(limits=max(1, _cores() // max(1, matrices)))
+    with _settings:
+        _blas_before.append(threadpool_limits(limits=max(1, _cores() // max(1, matrices)), user_api="blas"))
+        let_go_of_blas()
     finished = False
     try:
         yield pool
@@ -152,18 +165,33 @@ def worker_pool(workers: int, matrices: int, devices: tuple[torch.device, ...] =
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         if finished:
-            limits.restore_original_limits()
+            _put_back_blas()
         else:  # restoring waits for a BLAS call under way; an interrupt must not
-            threading.Thread(target=limits.restore_original_limits, daemon=True).start()
+            threading.Thread(target=_put_back_blas, daemon=True).start()
+
+
+def _put_back_blas() -> None:
+    """The last pool to end puts back what the first one found."""
+    with _settings:
+        first = _blas_before[0]
+        _blas_before.pop()
+        if not _blas_before:
+            first.restore_original_limits()
+            let_go_of_blas()
 
 
 @contextmanager
 def single_torch_threads() -> Iterator[None]:
     """Worker threads that begin in this context run torch's own operations on one thread each: threads of several
     operations that wait for each other made QR and eigenvalues of thin factors twelve times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _settings:
+        _torch_before.append(torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _settings:
+            torch.set_num_threads(
+                _torch_before[0]
+            )  # each for itself: it is one number for new threads, and one a thread
+            _torch_before.pop()

@@ -33,7 +33,7 @@ def section(
         for role, keys in groups.items()
     ]
     steps = [point.step for point in points]
-    verdict = told["convergence"]
+    verdict, skipped = told["convergence"], told["skipped"]
     lines = [
         "## Layer Matrix Decomposition during training",
         "",
@@ -52,6 +52,10 @@ def section(
         f"{told['measured']} of {told['matrices']} matrices were measured, {told['points']} points, in "
         f"{told['share_of_training_time']:.1%} of the training's time.",
     ]
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        which = f"{len(skipped)} could not be measured at the end, first `{name}` ({reason})"
+        lines += ["", f"{which}; the table has what was seen of them before."]
     return "\n".join(lines) + "\n"
 
 

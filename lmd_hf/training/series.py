@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,9 @@ def latest(points: Sequence[Point]) -> dict[tuple[str, str], Point]:
     return {(point.name, point.part): point for point in points}
 
 
-def summary(points: Sequence[Point], step: int) -> dict[str, float]:
+def summary(last: Collection[Point], step: int) -> dict[str, float]:
     """What goes to the trackers: means over the last point of each matrix, so that which of them were measured now
     does not move the curves, and how many were."""
-    last = latest(points).values()
     columns: dict[str, list[int | float | None]] = {
         "latent_dim": [p.latent_dim for p in last],
         "effective_rank_share": [None if p.effective_rank is None else p.effective_rank / p.short_side for p in last],
@@ -97,7 +96,7 @@ def summary(points: Sequence[Point], step: int) -> dict[str, float]:
     }
     known = {name: [v for v in values if v is not None] for name, values in columns.items()}
     means = {f"lmd/{name}": math.fsum(values) / len(values) for name, values in known.items() if values}
-    return means | {"lmd/measured": float(sum(p.step == step for p in points)), "lmd/step": float(step)}
+    return means | {"lmd/measured": float(sum(p.step == step for p in last)), "lmd/step": float(step)}
 
 
 def write_series(points: Sequence[Point], path: Path) -> None:

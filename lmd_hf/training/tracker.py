@@ -19,13 +19,13 @@ from lmd_hf.run.convergence import conclude, judge_change, judge_loss, judge_wei
 from lmd_hf.run.measure import measure, read_metric, to_row
 from lmd_hf.run.plan import make_plan
 from lmd_hf.training.budget import FLOOR_SECONDS, Budget
-from lmd_hf.training.series import Point, read_series, summary, to_point, write_series
+from lmd_hf.training.series import Point, latest, read_series, summary, to_point, write_series
 from lmd_hf.training.source import open_training, takes_gradients
 from lmd_hf.training.views import Moved, View, from_tensors, look, moved, to_tensors
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.live import LiveSource
 from lmd_hf.weights.source import Source, open_source
-from lmd_hf.weights.stored import Stored, read_stored
+from lmd_hf.weights.stored import read_stored
 
 
 if TYPE_CHECKING:
@@ -54,14 +54,15 @@ class LMDTracker:
 
     The start is measured at once, then every `every` steps as many matrices as fit into `budget`, a share of the time
     that the training itself takes (`None`: all of them, whatever it takes): those first that were measured longest ago,
-    of these the cheapest. The rest waits for its turn. What takes no gradients is measured once, and again after it
+    of these the cheapest. The rest waits for its turn; one that takes longer than there is room lets others go first
+    for as long as it takes, and then they wait for it. What takes no gradients is measured once, and again after it
     took some; of a model with adapters of peft, their updates are measured. `roles` and `metric` (`identity` or `norm`)
     are as for `analyze`; spectra come from the kernel `auto`, sketched above a short side of 8,192.
 
     The training is left as it was: weights are read, no gradient, random state, dtype or number of threads is touched.
     `resume` is the folder of an earlier `checkpoint` (`None`: there is none) and the step to go on from. Raises
-    `SettingsError` for a selection that leaves nothing, or nothing that is trained, `FormatError` for a damaged
-    checkpoint, and `SourceError` where parameters are spread over processes.
+    `SettingsError` for a selection that leaves nothing, or nothing that is trained, `FormatError` for a checkpoint that
+    is damaged or in another metric, and `SourceError` where parameters are spread over processes.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class LMDTracker:
         self.skipped: dict[str, str] = {}
         self.steps = 0
         self._losses: list[dict[str, Any]] = []
+        self._last: dict[Key, Point] = {}
         self._views: dict[Key, dict[str, View]] = {}
         self._rows: dict[Key, MatrixReport] = {}
         self._moved: dict[Key, Moved] = {}
         self._frozen: set[Key] = set()
         self._moving: set[Key] = set()  # what has taken gradients since its last point, or takes them now
+        self._waited: dict[Key, float] = {}  # seconds that others took while there was no room for this one
         with self.budget.spending():
             sources = self._open()
             listed = [list_matrices(source) for source in sources]
@@ -118,16 +121,26 @@ class LMDTracker:
         of every matrix (`lmd/latent_dim`, `lmd/subspace_cos2` …)."""
         room = self.budget.room(floor)
         if room > 0:
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()  # what the training has queued there is its own time
             with self.budget.spending():
                 sources = self._open()
                 self._look_for_gradients(sources)
+            passed: list[Key] = []
+            taken = 0.0
             for work in self._due():
-                room -= self.budget.expected(work)
-                if room < 0:
+                seconds = self.budget.expected(work)
+                if seconds <= room - taken:
+                    taken += seconds
+                    self._waited.pop(_key(work), None)
+                    with self.budget.spending(work):
+                        self._measure(sources, work)
+                elif floor or self._waited.get(_key(work), 0.0) < seconds:
+                    passed.append(_key(work))
+                else:  # it has let others go first for as long as it takes; now they save up for it
                     break
-                with self.budget.spending(work):
-                    self._measure(sources, work)
-        return summary(self.points, self.steps)
+            self._waited |= {key: self._waited.get(key, 0.0) + taken for key in passed}
+        return summary(self._last.values(), self.steps)
 
     def convergence(self, history: Sequence[dict[str, Any]] | None = None) -> Convergence:
         """The verdict from the losses (`history`: a Trainer's `log_history`), from how far the matrices moved since
@@ -176,7 +189,8 @@ class LMDTracker:
             for field, tensor in to_tensors(view).items()
         }
         series = {SERIES: lambda path: write_series(self.points, path)}
-        write_folder(Path(folder), {**series, VIEWS: lambda path: save_file(views, path)})
+        told = {"metric": self._metric}
+        write_folder(Path(folder), {**series, VIEWS: lambda path: save_file(views, path, metadata=told)})
 
     def told(self, history: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The verdict and what measuring took, as JSON types."""
@@ -202,9 +216,14 @@ class LMDTracker:
             return
         known = {_key(work) for work in self._works}
         self.points = [p for p in read_series(folder / SERIES) if p.step <= self.steps and (p.name, p.part) in known]
+        self._last = latest(self.points)
         tensors: dict[tuple[Key, str], dict[str, Tensor]] = {}
         try:
             with safe_open(folder / VIEWS, framework="pt") as file:
+                metric = (file.metadata() or {}).get("metric", self._metric)
+                if metric != self._metric:
+                    remedy = f"give metric='{metric}', or move it away to begin anew"
+                    raise FormatError(f"{folder}: no series in the metric '{self._metric}' but in '{metric}'; {remedy}")
                 for label in file.keys():  # noqa: SIM118 (it is no dictionary)
                     kept, part, name, field = label.split("|", 3)
                     tensors.setdefault(((name, part), kept), {})[field] = file.get_tensor(label)
@@ -226,7 +245,7 @@ class LMDTracker:
     def _due(self) -> list[Work]:
         """What was measured longest ago first (before that what never was), of these the cheapest; what has taken no
         gradients since its last point is not due."""
-        seen = {(p.name, p.part): p.step for p in self.points}
+        seen = {key: point.step for key, point in self._last.items()}
         works = [w for w in self._works if _key(w) in self._moving or _key(w) not in seen]
         return sorted((w for w in works if seen.get(_key(w), -1) < self.steps), key=lambda w: seen.get(_key(w), -1))
 
@@ -239,7 +258,7 @@ class LMDTracker:
             self.skipped[ref.name] = "it is in the model no longer, or in no active adapter"
             return
         try:
-            stored = _where_float64_is(read_stored(source, ref))
+            stored = read_stored(source, ref)
             gain = read_metric(source, ref, self._metric)
             row = to_row(ref, measure(work, stored, gain), kernel=work.kernel)
             now = look(self.steps, row, stored, gain)
@@ -255,7 +274,8 @@ class LMDTracker:
             kept[OLDER], kept[NEWER] = kept.get(NEWER, now), now
         self._rows[_key(work)], self._moved[_key(work)] = row, moved(kept[OLDER], now, row)
         since_first = moved(kept[FIRST], now, row)
-        self.points.append(to_point(self.steps, row, since_first, self.budget.clock() - begun))
+        self._last[_key(work)] = to_point(self.steps, row, since_first, self.budget.clock() - begun)
+        self.points.append(self._last[_key(work)])
 
 
 def checked(roles: Iterable[str], metric: str, budget: float | None) -> dict[str, Any]:
@@ -281,10 +301,3 @@ def _holder(sources: tuple[Source, ...], ref: MatrixRef) -> Source | None:
 def _is_frozen(sources: tuple[Source, ...], ref: MatrixRef) -> bool:
     source = _holder(sources, ref)
     return source is None or (isinstance(source, LiveSource) and not takes_gradients(source, ref))
-
-
-def _where_float64_is(stored: Stored) -> Stored:
-    """The matrix on its own device, but for Apple's, which has no float64."""
-    if isinstance(stored.matrix, Tensor) and stored.matrix.device.type == "mps":
-        return replace(stored, matrix=stored.matrix.cpu())
-    return stored

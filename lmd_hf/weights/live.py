@@ -64,7 +64,7 @@ class LiveSource:
 
     def read(self, tensor: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
         """A view of the parameter, nothing copied; of an offloaded one what the next forward pass would load, this
-        parameter alone."""
+        parameter alone. From Apple's GPUs, which have no float64, a copy on the CPU."""
         value = self.values[tensor.name].detach()
         if value.layout is not torch.strided:
             raise NoDataError(f"its layout is {value.layout}; make it dense first (to_dense)")
@@ -72,7 +72,8 @@ class LiveSource:
             value = self.offloaded[tensor.name].load().to(value.dtype)
         if value.is_meta:
             raise NoDataError("no data: it is on the meta device; load or materialise it first")
-        return value.reshape(tensor.shape)[start:stop] if tensor.shape else value
+        part = value.reshape(tensor.shape)[start:stop] if tensor.shape else value
+        return part.cpu() if part.device.type == "mps" else part
 
 
 def open_live(module: nn.Module) -> LiveSource:

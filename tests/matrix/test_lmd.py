@@ -152,6 +152,15 @@ def test_bad_matrices_and_metrics_are_refused():
         norm(torch.zeros(4))
 
 
+@pytest.mark.parametrize("kernel", ["exact", "sketch"])
+def test_8_bit_floats_are_numbers_as_others(build, kernel):
+    w = build(O, I).to(torch.float8_e4m3fn)
+    assert torch.equal(decompose(w, rank=K, kernel=kernel).s_K, decompose(w.double(), rank=K, kernel=kernel).s_K)
+    w.view(torch.uint8)[0, 0] = 0x7F
+    with pytest.raises(ValueError, match="not finite"):
+        decompose(w)
+
+
 def test_factors_keep_the_axes_apart(build):
     lmd = decompose(build(O, I), rank=K)
     assert (lmd.u.shape, lmd.s_K.shape, lmd.v.shape) == ((O, K), (K,), (I, K))

@@ -82,6 +82,19 @@ def test_nan_and_infinity_skip_that_matrix_and_no_other(save, tmp_path):
     assert len(report.matrices) == 14
 
 
+def test_a_nan_among_8_bit_floats_is_counted_and_the_others_are_done(save, tmp_path):
+    """In the format of many checkpoints what is too large for it becomes NaN; torch has no `isfinite` for it."""
+    tensors = load_file(save("llama") / "model.safetensors")
+    tensors = {name: w.to(torch.float8_e4m3fn) if w.ndim == 2 else w for name, w in tensors.items()}
+    tensors["lm_head.weight"].view(torch.uint8)[0, :3] = 0x7F
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(save("llama") / "config.json", tmp_path)
+    report = analyze(tmp_path, rank=2, factors=tmp_path / "factors")
+    reasons = {s.name: s.reason for s in report.coverage.skipped if s.reason != "vector"}
+    assert reasons == {"lm_head.weight": "the matrix holds NaN or infinity (3 of 1920 entries)"}
+    assert len(report.matrices) == len(list((tmp_path / "factors").iterdir())) == 15
+
+
 def test_of_a_file_that_is_replaced_the_rest_is_unread_and_nothing_is_of_another(save, tmp_path, monkeypatch):
     shutil.copytree(save("llama"), tmp_path, dirs_exist_ok=True)
     path, fresh = tmp_path / "model.safetensors", tmp_path / "fresh"

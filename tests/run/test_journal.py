@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from lmd_hf import analyze, cli
 from lmd_hf.matrix.spectrum import Spectrum
-from lmd_hf.records import ModelIdentity, Settings
+from lmd_hf.records import LowRank, ModelIdentity, Settings
 from lmd_hf.run.execute import Output, execute
-from lmd_hf.run.journal import PLACE, SUFFIX, Keys, clear_kept, folder_name, list_kept, open_journal
+from lmd_hf.run.journal import PLACE, SUFFIX, Keys, clear_kept, folder_name, list_kept, open_journal, place_key
 from lmd_hf.run.measure import Spectra
 from lmd_hf.run.plan import make_plan
 from lmd_hf.weights.inventory import list_matrices
@@ -248,6 +248,19 @@ def test_only_what_changed_is_computed_again(save, tmp_path):
     for matrix in after.matrices:
         factor = 2 if matrix.name == changed else 1
         assert matrix.spectral_norm == pytest.approx(factor * norms[matrix.name])
+
+
+def test_a_matrix_is_turned_before_an_update_is_added_to_it(save):
+    """As where a configuration came later than the weights, and says that they are GPT-2's."""
+    ref = list_matrices(open_source(save("llama"))).selected[0]
+    pair = LowRank(*ref.tensors, *ref.tensors, scale=1.0)
+
+    def place(low_rank: LowRank | None, transposed: bool) -> str:
+        changed = replace(ref, low_rank=low_rank, transposed=transposed)
+        return place_key(changed, {ref.tensors[0].file: "0" * 64}, "identity", "exact", torch.device("cpu"))
+
+    assert place(None, True) == place(None, False)
+    assert place(pair, True) != place(pair, False)
 
 
 def test_another_selection_reuses_and_another_metric_computes_what_it_changes(save):

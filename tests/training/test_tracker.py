@@ -89,6 +89,54 @@ def test_a_tight_budget_takes_the_cheapest_then_what_waits_longest():
     assert names[2] == names[0]
 
 
+def test_one_that_is_too_expensive_keeps_no_other_from_being_measured():
+    """As the vocabulary of a small model: at the end what fits is measured, and between, both have half of the time."""
+    model = torch.nn.ModuleDict(
+        {f"m{i}": torch.nn.Linear(16, 16) for i in range(3)} | {"large": torch.nn.Linear(48, 48)}
+    )
+    tracker = LMDTracker(model, every=1, budget=0.02)
+    saved = [0.0]  # seconds, of which three more are earned in a step
+    tracker.budget.expected = lambda work: 6.0 if "large" in work.ref.name else 1.0
+    tracker.budget.room = lambda floor=0.0: max(saved[0] - sum(map(tracker.budget.expected, measured())), floor)
+
+    def measured(step=None):
+        works = {work.ref.name: work for work in tracker._works}
+        return [works[p.name] for p in tracker.points if step in (None, p.step)]
+
+    tracker.points.clear()
+    for _ in range(16):
+        saved[0] += 3.0
+        tracker.step()
+    counts = [len(measured(step)) for step in range(1, 17)]
+    assert counts == [3, 3, 0, 1, 3, 3, 0, 1, 3, 3, 0, 1, 3, 3, 0, 1]
+    tracker.steps += 1
+    tracker.measure(floor=2.0)
+    assert len(measured(17)) == 2
+
+
+def test_a_long_series_makes_no_step_longer():
+    class Series(list):
+        def __iter__(self):
+            raise AssertionError("read from its beginning, in every step")
+
+    tracker = LMDTracker(network(), every=1, budget=None)
+    tracker.points = Series(tracker.points)
+    assert tracker.step()["lmd/measured"] == tracker.step()["lmd/measured"] == 2
+    assert len(tracker.points) == 6
+
+
+def test_what_a_gpu_has_still_to_do_is_training_time(monkeypatch):
+    tracker = LMDTracker(network(), every=1, budget=None)
+    now = [tracker.budget.clock()]
+    tracker.budget.clock = lambda: now[0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + 100.0))
+    before = tracker.budget.spent, tracker.budget.trained
+    tracker.step()
+    assert tracker.budget.spent == before[0]
+    assert tracker.budget.trained == pytest.approx(before[1] + 100.0)
+
+
 def test_time_spent_keeps_to_the_share(monkeypatch):
     monkeypatch.setattr("lmd_hf.training.budget.ENDING_SECONDS", 0.0)
     monkeypatch.setattr("lmd_hf.training.tracker.FLOOR_SECONDS", 0.0)
@@ -231,6 +279,13 @@ def test_saved_and_resumed(tmp_path):
     (tmp_path / "views.safetensors").write_bytes(b"broken")
     with pytest.raises(FormatError, match="damaged"):
         LMDTracker(model, resume=(tmp_path, 20))
+
+
+def test_a_series_does_not_go_on_in_another_metric(tmp_path):
+    model = make("llama")
+    LMDTracker(model, roles=["q"], budget=None).checkpoint(tmp_path)
+    with pytest.raises(FormatError, match="no series in the metric 'norm' but in 'identity'; give metric='identity'"):
+        LMDTracker(model, roles=["q"], metric="norm", resume=(tmp_path, 0))
 
 
 def test_a_verdict_from_all_evidence():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -251,3 +252,20 @@ def test_a_name_that_is_no_text():
     module.config = t.PretrainedConfig()
     module.config._name_or_path = 5
     assert "5" in analyze(module)._repr_html_()
+
+
+class OnApple(torch.Tensor):
+    """As a parameter on a GPU of Apple's."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_what_is_where_there_is_no_float64_is_read_on_the_cpu():
+    source = open_source(nn.Linear(4, 3))
+    there = replace(source, values={name: value.as_subclass(OnApple) for name, value in source.values.items()})
+    for tensor in source.tensors:
+        assert there.read(tensor, 1, 3).device.type == "cpu"
+        assert torch.equal(there.read(tensor), source.read(tensor))
