@@ -9,8 +9,10 @@ origin (`localhost` instead of `127.0.0.1`), which refuses a request that still 
     length    another total length                                  loop      a redirect to itself
     replaced  the file is another from now on, of the same length   expired   the signed address is no longer valid
     revoked   and neither is the token                              slow      the body comes in drops, for ten seconds
+    shifted   the part before the one that was asked for            packed    in gzip, though nobody asked for it
 """
 
+import gzip
 import hashlib
 import json
 import re
@@ -272,8 +274,11 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
         data = memoryview(data)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match.group(1)), min(int(match.group(2) or len(data) - 1) + 1, len(data))
+            start, stop = (start - 8, stop - 8) if fault == "shifted" else (start, stop)
             status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{total}"}
             data = data[start:stop]
+        if fault == "packed":
+            data, extra = memoryview(gzip.compress(data)), {**extra, "Content-Encoding": "gzip"}
         half = data[: len(data) // 2]
         data = half if fault == "short" else data
         self.send_response(status)

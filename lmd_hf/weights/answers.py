@@ -73,7 +73,7 @@ def wait(error: HfHubHTTPError, attempt: int) -> None:
 def demanded_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds from `Retry-After`, or until the window of the Hub's `RateLimit` header ends; `None` without either."""
     asked = headers.get("Retry-After", "").strip()
-    if asked.isdigit():
+    if asked.isdecimal():
         return float(asked)
     limit = parse_ratelimit_headers(headers)
     return None if limit is None else float(limit.reset_in_seconds)

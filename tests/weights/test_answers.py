@@ -13,6 +13,7 @@ from lmd_hf.weights.answers import demanded_wait
         ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
         ({"RateLimit": '"api";r=0;t=55'}, 55),
         ({"ratelimit": '"api";r=0;t=55, "pages";r=9;t=3', "RateLimit-Policy": '"fixed window";"api";q=5;w=300'}, 55),
+        ({"Retry-After": "²"}, None),
         ({"RateLimit": "something else"}, None),
         ({"Retry-After": "2", "RateLimit": '"api";r=0;t=55'}, 2),
     ],
