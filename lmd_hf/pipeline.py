@@ -54,7 +54,7 @@ class Request:
     checkpoint to judge it by, and a dataset whose published result will do."""
 
     settings: Settings
-    where: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict, repr=False)  # with the token
     before: str | Path | nn.Module | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
     reuse: str | None = None

@@ -181,6 +181,9 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
         """(commit, files), or `None` after an error was answered."""
         repo = self.hub.repos.get(repo_id)
         allowed = self._is_known()
+        if self.headers.get("Authorization") and not allowed and self.user() is None:
+            self._error(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return None
         if repo is None or (repo.private and not allowed):
             self._error(401, "RepoNotFound")
             return None

@@ -22,7 +22,7 @@ from lmd_hf import __version__
 from lmd_hf.compat import resolve_commit, unreachable_errors
 from lmd_hf.errors import SourceError, first_line
 from lmd_hf.records import TensorRef, WeightFile
-from lmd_hf.weights.answers import told
+from lmd_hf.weights.answers import client, patiently, told
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.repository import (
@@ -58,13 +58,13 @@ def open_repository(
     whole files into the cache. Raises `SourceError` with the remedy for a repository that is missing, private, gated
     or out of reach.
     """
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    api = client(token)
     opened = told(repo_id, lambda: _open(api, repo_id, revision, subfolder, download), revision=revision)
     return replace(opened, subfolder=subfolder, token=token)
 
 
 def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, download: bool) -> FileSource:
-    commit = resolve_commit(api, repo_id, revision)
+    commit = patiently(lambda: resolve_commit(api, repo_id, revision))
     if folder := _cached_folder(repo_id, commit, subfolder):
         source = open_folder(folder, identifier=repo_id)
         identity = replace(source.identity, revision=revision, commit=commit)

@@ -43,7 +43,7 @@ class Connection:
     """
 
     repo_id: str
-    headers: dict[str, str]
+    headers: dict[str, str] = field(repr=False)  # with the token
     cached: Callable[[str], Path | None]
     bytes_fetched: int = 0
     files_touched: set[str] = field(default_factory=set)
