@@ -34,6 +34,10 @@ METADATA = [
     "emoji: \U0001f600\ntags:\n- ünïcode",
     "{license: mit, tags: [a]}",
     "\ttabs: 1",
+    "x: !!int _",
+    "x: !!bool maybe",
+    "x: !!timestamp soon",
+    f"x: {'[' * 1000}{']' * 1000}",
 ]
 BODIES = [
     "",

@@ -122,6 +122,7 @@ def test_opting_out_holds_even_against_force(hub, model):
         ('tags: [a\n"lmd": false', True), ("tags: [a\n lmd : 'no'", True), ("tags: [a\r\nlmd: false\r", True),
         ("lmd: true", False), ("lmd: falsehood", False), ("tags: [lmd]", False), ("tags: [a\nlmd: falsehood", False),
         ("tags: [a\nfoolmd: false", False), ("x: {lmd: false}", False), ("just text", False),
+        ("lmd: false\nx: !!int _", True), ("x: !!timestamp soon", False),
     ],
 )  # fmt: skip
 def test_an_opt_out_is_respected_however_it_is_written(metadata, is_out):
