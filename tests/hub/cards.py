@@ -53,6 +53,8 @@ BODIES = [
     "---\nnot: metadata\n---\n",
     "<pre>\nraw\n</pre>\ntail",
     "Inline ``` not a fence ``` text\n",
+    "- ```bash\n  pip install x\n  ```\n- done\n\n10. ~~~\n\n    y\n    ~~~\n",
+    "1. - ```\n     not closed, but its item ends\n\nText.\n* ``` inline ```\n+ ~~~\n  the last one\n",
     "text\x0bwith\x0codd\u2028separators\x85\n",
     "bad bytes \udcff\udcfe kept\n",
     "x" * 1_000_000,

@@ -105,6 +105,11 @@ def test_the_edit_looks_as_a_person_would_have_made_it(before, after):
     assert add_tag(f"---\n{before}\n---\n", "lmd") == (f"---\n{after}\n---\n", None)
 
 
+def test_blanks_behind_a_marker_are_no_reason_for_a_second_section():
+    once = place("# x\n", BODY)
+    assert place(once.replace("-->\n", "--> \t\n"), BODY) == once
+
+
 def test_aliases_that_multiply_take_no_time():
     lists = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(12))
     metadata = f"{lists}\nlmd: *a11\ntags:\n- b"
