@@ -27,6 +27,7 @@ from lmd_hf.weights.header import read_header
 from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.repository import (
     INDEX,
+    PICKLES,
     STATE,
     check_state,
     config_file,
@@ -187,7 +188,8 @@ def _cached_folder(repo_id: str, commit: str, subfolder: str) -> Path | None:
     cached = partial(_cached, repo_id, f"{subfolder}/" if subfolder else "", commit)
     config, index = cached("config.json"), cached(INDEX)
     if config is not None and is_offline_mode() and not list(config.parent.glob("*.safetensors*")):
-        return config.parent  # pickles, or GGUF: whatever is there is all that there is
+        others = [path for path in config.parent.iterdir() if path.suffix in (".gguf", *PICKLES)]
+        return config.parent if others else None  # whatever is there is all that there is
     names = ["model.safetensors"] if index is None else read_index(index.read_bytes(), f"{repo_id}/{INDEX}").shards
     complete = config is not None and all(cached(name) is not None for name in names)
     return config.parent if config is not None and complete else None

@@ -160,9 +160,11 @@ def test_a_hub_out_of_reach_says_so(hub):
         open_source("org/never-seen")
 
 
-def test_offline_with_only_part_of_a_model_says_so(hub, llama, monkeypatch):
-    name, _ = llama
-    analyze(name, match="*layers.0.*", download=True)
+@pytest.mark.parametrize(("size", "options"), [("20KB", {"match": "*layers.0.*", "download": True}), ("1GB", {})])
+def test_offline_with_only_part_of_a_model_says_so(hub, save, monkeypatch, size, options):
+    name = f"org/part-{next(_COUNTER)}"
+    hub.add(name, files_of(save("llama", max_shard_size=size)))
+    analyze(name, **options)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"not \(wholly\) in the cache"):
         open_source(name)
