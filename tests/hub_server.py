@@ -246,7 +246,7 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
         if not name.endswith(".safetensors") or not self.hub.repos[repo_id].lfs:
             return self._file(data, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
         self.send_response(302)
-        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repo_id}/{sha}/{name}")
+        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repo_id}/{sha}/{name}?signature=secret")
         self.send_header("X-Repo-Commit", sha)
         self.send_header("X-Linked-Etag", f'"{self.hub.sha256(data)}"')
         self.send_header("X-Linked-Size", str(len(data)))

@@ -154,6 +154,15 @@ def test_after_a_download_a_second_look_fetches_nothing(hub, llama):
     assert hub.sent == sent
 
 
+@pytest.mark.parametrize("fault", ["error", "short", "loop"])
+def test_a_download_that_fails_is_not_tried_again_for_every_matrix_and_shows_no_signed_address(hub, llama, fault):
+    hub.always = fault
+    with pytest.raises(SourceError, match=r"cannot download model-\S+ \(.*\); what has arrived is kept") as raised:
+        analyze(llama[0], download=True)
+    assert "secret" not in str(raised.value)
+    assert len({path for _, path, part in hub.requests if "/cdn/" in path and not part}) == 1, "the first shard alone"
+
+
 def test_a_hub_out_of_reach_says_so(hub):
     hub.down = True
     with pytest.raises(SourceError, match="the Hub cannot be reached"):
