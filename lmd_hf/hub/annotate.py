@@ -159,6 +159,9 @@ def annotate(
         decision = decide(look, made.marks, force=force)
         if decision.action == "nothing":
             return Outcome(model, "left", decision.reason)
+        branch = next((pull for pull in look.pulls if pull.number == decision.pull), None)
+        if branch is not None and branch.marks is not None:  # what others have changed there stays
+            made = draft(branch.card, report, weights=analysed)
         if how == "dry":
             return Outcome(model, "drafted", decision.reason, draft=made)
         now = _look(api, model, how)  # analysing takes minutes, in which others may have written

@@ -19,12 +19,14 @@ Marks = dict[str, str]  # what the begin marker of a section says: weights, numb
 
 @dataclass(frozen=True)
 class Pull:
-    """A pull request with our title, or with our section in its card (`marks`, else `None`)."""
+    """A pull request with our title, or with our section in its card (`marks`, else `None`). `card` is the card on its
+    branch while that is open, which others may have changed."""
 
     number: int
     author: str
     status: str
     marks: Marks | None
+    card: str | None = None
 
     @property
     def is_open(self) -> bool:

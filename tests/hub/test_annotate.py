@@ -203,6 +203,19 @@ def test_a_card_that_changed_meanwhile_keeps_the_change(hub, model, monkeypatch)
     assert "New words." in files_of(hub, model, "refs/pr/1")["README.md"].decode()
 
 
+def test_what_others_changed_on_the_branch_stays_when_it_is_renewed(hub, model, save):
+    annotate(model, how="pull", token=TOKEN)
+    ours = files_of(hub, model, "refs/pr/1")
+    edited = ours["README.md"].decode() + "\nA maintainer's words.\n"
+    hub.repos[model].commit({**ours, "README.md": edited.encode()}, "refs/pr/1")
+    other = {path.name: path.read_bytes() for path in save("qwen2").iterdir()}
+    hub.repos[model].commit({**files_of(hub, model), **other})
+    assert annotate(model, how="pull", token=TOKEN).reason == "pull request #1 renewed"
+    renewed = files_of(hub, model, "refs/pr/1")["README.md"].decode()
+    assert section.remove(renewed) == section.remove(edited)
+    assert section.find(renewed).fields != section.find(edited).fields
+
+
 def test_pushing_to_an_own_repository_and_to_a_foreign_one(hub, model):
     hub.repos[model].owner = "tester"
     assert annotate(model, how="push", token=TOKEN).reason == "committed to main"
