@@ -31,7 +31,7 @@ def listed(path: Path) -> list[str]:
         raise SettingsError(
             f"{path}: cannot read a list of models ({error}); give a text file, one model a line"
         ) from None
-    return [name.removeprefix(PAGES) for line in lines if (name := line.partition("#")[0].strip())]
+    return [name.removeprefix(PAGES).rstrip("/") for line in lines if (name := line.partition("#")[0].strip())]
 
 
 def searched(*, author: str | None, search: str | None, limit: int, token: str | bool | None = None) -> list[str]:
