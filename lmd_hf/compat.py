@@ -105,8 +105,15 @@ def _with_prefix(name: str, prefix: str, parameters: dict[str, Any]) -> str:
 
 def resolve_commit(api: Any, repo_id: str, revision: str | None) -> str:
     """The commit that a revision of a model repository means now (from the cache when offline)."""
+    from huggingface_hub import errors
+
     if hasattr(api, "resolve_revision"):
-        return str(api.resolve_revision(repo_id, revision=revision).resolved)
+        try:
+            return str(api.resolve_revision(repo_id, revision=revision).resolved)
+        except errors.RevisionResolutionError as error:
+            if isinstance(error.__cause__, errors.HfHubHTTPError):  # 5xx: a Hub that answers is not out of reach
+                raise error.__cause__ from None
+            raise
     return str(api.model_info(repo_id, revision=revision).sha)
 
 

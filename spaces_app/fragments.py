@@ -47,6 +47,7 @@ def progress(done: int, total: int, name: str) -> str:
 def plan(planned: dict[str, Any]) -> str:
     """What would be done, in one paragraph, and what would be skipped."""
     share = planned["decomposed"] / planned["parameters"] if planned["parameters"] else 0
+    share = share if share == 1 else min(share, 0.999)  # all of it only when nothing is missing
     seconds, fetched = planned["expected_seconds"] or 0, planned["bytes_to_fetch"] or 0
     rows = (
         ("matrices", f"{len(planned['matrices']):,}"),

@@ -9,8 +9,10 @@ origin (`localhost` instead of `127.0.0.1`), which refuses a request that still 
     length    another total length                                  loop      a redirect to itself
     replaced  the file is another from now on, of the same length   expired   the signed address is no longer valid
     revoked   and neither is the token                              slow      the body comes in drops, for ten seconds
+    shifted   the part before the one that was asked for            packed    in gzip, though nobody asked for it
 """
 
+import gzip
 import hashlib
 import json
 import re
@@ -179,6 +181,9 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
         """(commit, files), or `None` after an error was answered."""
         repo = self.hub.repos.get(repo_id)
         allowed = self._is_known()
+        if self.headers.get("Authorization") and not allowed and self.user() is None:
+            self._error(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return None
         if repo is None or (repo.private and not allowed):
             self._error(401, "RepoNotFound")
             return None
@@ -241,7 +246,7 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
         if not name.endswith(".safetensors") or not self.hub.repos[repo_id].lfs:
             return self._file(data, {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
         self.send_response(302)
-        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repo_id}/{sha}/{name}")
+        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repo_id}/{sha}/{name}?signature=secret")
         self.send_header("X-Repo-Commit", sha)
         self.send_header("X-Linked-Etag", f'"{self.hub.sha256(data)}"')
         self.send_header("X-Linked-Size", str(len(data)))
@@ -272,8 +277,11 @@ class _Handler(hub_writes.Writes, hub_oauth.SignIn, BaseHTTPRequestHandler):
         data = memoryview(data)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match.group(1)), min(int(match.group(2) or len(data) - 1) + 1, len(data))
+            start, stop = (start - 8, stop - 8) if fault == "shifted" else (start, stop)
             status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{total}"}
             data = data[start:stop]
+        if fault == "packed":
+            data, extra = memoryview(gzip.compress(data)), {**extra, "Content-Encoding": "gzip"}
         half = data[: len(data) // 2]
         data = half if fault == "short" else data
         self.send_response(status)

@@ -21,6 +21,7 @@ from lmd_hf.records import Settings
 from lmd_hf.report.files import bytes_writer, write_folder
 from lmd_hf.report.summary import numbers_digest, summary_text
 from lmd_hf.run.world import World
+from lmd_hf.weights.answers import client
 from lmd_hf.weights.source import FileSource, open_source
 
 
@@ -106,7 +107,7 @@ def begin(
 ) -> Begun:
     """All that comes before the weights themselves, from the Hub alone; nothing is opened at the commit `known`, whose
     report is there. Raises what `annotate` does."""
-    look = _look(_api(token), model, how)
+    look = _look(client(token), model, how)
     if how != "dry" and look.me is None:
         raise SettingsError(f"{model}: writing needs a token with write access; `hf auth login`")
     early = decide(look, {"weights": look.weights, "lmd_hf": __version__}, force=force)
@@ -139,7 +140,7 @@ def annotate(
     Raises `SourceError` where the repository cannot be read or written, `FormatError` for a card that a person has to
     mend, `SettingsError` without a token where one is needed.
     """
-    api = _api(token)
+    api = client(token)
     known = None if report is None else report.model.commit
     begun = begun or begin(model, how=how, force=force, token=token, known=known)
     look = begun.look
@@ -158,6 +159,9 @@ def annotate(
         decision = decide(look, made.marks, force=force)
         if decision.action == "nothing":
             return Outcome(model, "left", decision.reason)
+        branch = next((pull for pull in look.pulls if pull.number == decision.pull), None)
+        if branch is not None and branch.marks is not None:  # what others have changed there stays
+            made = draft(branch.card, report, weights=analysed)
         if how == "dry":
             return Outcome(model, "drafted", decision.reason, draft=made)
         now = _look(api, model, how)  # analysing takes minutes, in which others may have written
@@ -184,10 +188,6 @@ def annotate_file(model: str, path: Path, *, token: str | bool | None = None) ->
     write_folder(path.parent / "lmd", {Path(name).name: bytes_writer(data) for name, data in files.items()})
     write_folder(path.parent, {path.name: bytes_writer(made.files["README.md"])})
     return made
-
-
-def _api(token: str | bool | None) -> HfApi:
-    return HfApi(token=token, library_name="lmd-hf", library_version=__version__)
 
 
 def _look(api: HfApi, model: str, how: How) -> Look:

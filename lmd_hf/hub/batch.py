@@ -8,13 +8,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from lmd_hf.errors import LmdError, SettingsError
 from lmd_hf.hub.annotate import Begun, How, Outcome, annotate, begin, fetch
 from lmd_hf.hub.queue import Entry, Queue
 from lmd_hf.run.world import World
-from lmd_hf.weights.answers import patiently, told
+from lmd_hf.weights.answers import client, patiently, told
 
 
 log = logging.getLogger(__name__)
@@ -33,14 +31,14 @@ def listed(path: Path) -> list[str]:
         raise SettingsError(
             f"{path}: cannot read a list of models ({error}); give a text file, one model a line"
         ) from None
-    return [name.removeprefix(PAGES) for line in lines if (name := line.partition("#")[0].strip())]
+    return [name.removeprefix(PAGES).rstrip("/") for line in lines if (name := line.partition("#")[0].strip())]
 
 
 def searched(*, author: str | None, search: str | None, limit: int, token: str | bool | None = None) -> list[str]:
     """The models of an author, or that a search finds on the Hub, most downloaded first."""
     if limit < 1:
         raise SettingsError(f"limit is {limit}; give 1 or more")
-    api = HfApi(token=token)
+    api = client(token)
 
     def find() -> list[str]:
         return [m.id for m in api.list_models(author=author, search=search, sort="downloads", limit=limit)]

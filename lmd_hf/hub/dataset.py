@@ -5,15 +5,14 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd
 
-from lmd_hf import __version__
 from lmd_hf.errors import SettingsError
 from lmd_hf.report.plain import plain
 from lmd_hf.report.report import Report
 from lmd_hf.run.asked import check_type, hub_id
 from lmd_hf.run.results import MATRICES, MODELS, NESTED, read_results, slug
-from lmd_hf.weights.answers import told
+from lmd_hf.weights.answers import client, told
 
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def push_results(
     name = file_name(report)
     models, matrices = rows(report)
     files = {f"{MODELS}/{name}": _parquet([models]), f"{MATRICES}/{name}": _parquet(matrices)}
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    api = client(token)
 
     def push() -> CommitInfo:
         api.create_repo(dataset_id, repo_type="dataset", exist_ok=True, private=private)

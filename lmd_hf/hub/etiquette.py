@@ -6,7 +6,7 @@ from typing import Literal
 
 import yaml
 
-from lmd_hf.hub.metadata import find_block
+from lmd_hf.hub.metadata import BAD_YAML, find_block
 
 
 TITLE = "Add a Layer Matrix Decomposition section to the model card"
@@ -19,12 +19,14 @@ Marks = dict[str, str]  # what the begin marker of a section says: weights, numb
 
 @dataclass(frozen=True)
 class Pull:
-    """A pull request with our title, or with our section in its card (`marks`, else `None`)."""
+    """A pull request with our title, or with our section in its card (`marks`, else `None`). `card` is the card on its
+    branch while that is open, which others may have changed."""
 
     number: int
     author: str
     status: str
     marks: Marks | None
+    card: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -117,8 +119,9 @@ def opted_out(card: str) -> bool:
     block = card[found.start : found.stop]
     try:
         metadata = yaml.safe_load(block)
-    except (yaml.YAMLError, ValueError):
+    except BAD_YAML:
         return _NO_LINE.search(block) is not None
     return isinstance(metadata, dict) and any(
-        str(key).lower() == "lmd" and re.fullmatch(_NO, str(value).strip().lower()) for key, value in metadata.items()
+        str(key).lower() == "lmd" and isinstance(value, (str, int)) and re.fullmatch(_NO, str(value).strip().lower())
+        for key, value in metadata.items()
     )

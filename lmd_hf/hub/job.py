@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from lmd_hf import __version__
 from lmd_hf.compat import resolve_commit
 from lmd_hf.errors import SettingsError
 from lmd_hf.run.asked import hub_id
-from lmd_hf.weights.answers import patiently, told
+from lmd_hf.weights.answers import client, patiently, told
 
 
 _SCRIPT = """\
@@ -64,7 +64,7 @@ def script(models: Mapping[str, str]) -> str:
 
 def pinned(models: Sequence[str], *, token: str | bool | None = None) -> dict[str, str]:
     """{model: the commit that main is at now}. Raises `SourceError` for a repository that cannot be seen."""
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    api = client(token)
 
     def commit(model: str) -> str:
         return told(hub_id(model), lambda: patiently(lambda: resolve_commit(api, model, None)))

@@ -15,6 +15,8 @@ from lmd_hf.errors import first_line
 
 
 BOM = "\ufeff"
+# of a date that is none, of `!!int _`, `!!bool x` and `!!timestamp x`, and of a thousand brackets
+BAD_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 _ITEM = re.compile(r"[ \t]*-[ \t]+")  # what stands before an item of a block list, and nothing else on its line
 
 
@@ -54,7 +56,7 @@ def add_tag(card: str, tag: str) -> tuple[str, str | None]:
     try:
         before = yaml.safe_load(block) or {}
         root = yaml.compose(block, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except BAD_YAML as error:
         return card, f"the metadata is not valid YAML ({_problem(error)})"
     if not isinstance(before, dict):
         return card, "the metadata is not a mapping"
@@ -116,13 +118,13 @@ def _after_line(block: str, index: int, addition: str) -> str:
 def _loads_as(block: str, wanted: dict[str, Any]) -> bool:
     try:
         return _spelled(yaml.safe_load(block)) == _spelled(wanted)
-    except (yaml.YAMLError, ValueError):
+    except BAD_YAML:
         return False
 
 
 def _spelled(metadata: dict[str, Any]) -> dict[str, str]:
-    """Comparable: True is not 1, and NaN is NaN."""
-    return {str(key): repr(value) for key, value in metadata.items()}
+    """Comparable: True is not 1, and NaN is NaN; what aliases share is written once, however often they multiply it."""
+    return {str(key): yaml.safe_dump(value) for key, value in metadata.items()}
 
 
 def _problem(error: Exception) -> str:

@@ -46,9 +46,10 @@ def look_at(api: HfApi, repo_id: str) -> Look:
         found = list(api.get_repo_discussions(repo_id, discussion_type="pull_request"))
         titled = {each.num for each in found if each.title == TITLE}
         pulls = [
-            Pull(each.num, each.author, each.status, _marks_of_pull(api, repo_id, each.num, each.status))
+            Pull(each.num, each.author, each.status, _marks(proposed), proposed)
             for each in found
             if each.title == TITLE or each.author == me
+            for proposed in [_card_of_pull(api, repo_id, each.num, each.status)]
         ]
         concern = tuple(p for p in pulls if p.marks is not None or p.number in titled)
         weights = _weights_digest(api.list_repo_tree(repo_id, revision=commit))
@@ -158,10 +159,10 @@ def _marks(card: str | None) -> Marks | None:
     return None if found is None else found.fields
 
 
-def _marks_of_pull(api: HfApi, repo_id: str, number: int, status: str) -> Marks | None:
+def _card_of_pull(api: HfApi, repo_id: str, number: int, status: str) -> str | None:
     if status not in ("open", "draft"):  # the branch of a closed one may be gone
         return None
     try:
-        return _marks(read_card(api, repo_id, f"refs/pr/{number}"))
+        return read_card(api, repo_id, f"refs/pr/{number}")
     except (RevisionNotFoundError, FormatError):
         return None

@@ -11,7 +11,7 @@ VERSION = "1"
 END = "<!-- lmd:end -->"
 _BEGIN = re.compile(r"<!-- lmd:begin ([\w.=+ -]*) -->")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r|\Z)")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)", re.DOTALL)
+_FENCE = re.compile(r"( {0,3}(?:(?:[-*+]|\d{1,9}[.)]) {1,4})*)(`{3,}|~{3,})(.*)", re.DOTALL)
 _RAW = re.compile(r" {0,3}<(pre|script|style|textarea)(?=[\s>])", re.IGNORECASE)
 _COMMENT = re.compile(r" {0,3}<!--")
 
@@ -35,7 +35,7 @@ def find(card: str) -> Place | None:
     places: list[Place] = []
     begun: tuple[int, dict[str, str]] | None = None
     for start, stop in _open_lines(card)[0]:
-        line = card[start:stop].strip("\r\n")
+        line = card[start:stop].rstrip(" \t\r\n")  # editors leave blanks
         if begin := _BEGIN.fullmatch(line):
             if begun is not None:
                 break
@@ -89,24 +89,30 @@ def _breaks_at_end(card: str) -> int:
 
 def _open_lines(card: str) -> tuple[list[tuple[int, int]], str]:
     """(start, stop) of every line outside code blocks and comments that span lines, and what is still open at the end:
-    "" or its name. CommonMark's rules for fences and for HTML blocks of kinds 1 and 2."""
+    "" or its name. CommonMark's rules for fences, also those that begin a list item and end with it, and for HTML
+    blocks of kinds 1 and 2."""
     lines: list[tuple[int, int]] = []
-    name, closing = "", re.compile("")
+    name, closing, inside = "", re.compile(""), 0  # `inside`: where the text of the list item begins
     metadata = find_block(card)
     for match in _LINE.finditer(card, metadata.end if metadata else int(card.startswith(BOM))):
         text = match.group()
         if not text:
             continue
+        if name and inside and text.strip() and len(text) - len(text.lstrip(" ")) < inside:
+            name = ""
         if name:
             if closing.search(text):
                 name = ""
             continue
-        if (fence := _FENCE.match(text)) and not (fence[1][0] == "`" and "`" in fence[2]):
-            name, closing = "a code block", re.compile(rf"^ {{0,3}}{fence[1][0]}{{{len(fence[1])},}}[ \t]*[\r\n]*\Z")
+        inside = 0
+        if (fence := _FENCE.match(text)) and not (fence[2][0] == "`" and "`" in fence[3]):
+            inside = len(fence[1]) if fence[1].strip() else 0
+            end = rf"^ {{0,{inside + 3}}}{fence[2][0]}{{{len(fence[2])},}}[ \t]*[\r\n]*\Z"
+            name, closing = "a code block", re.compile(end)
         elif (raw := _RAW.match(text)) and f"</{raw[1].lower()}>" not in text.lower():
             name, closing = f"a <{raw[1].lower()}>", re.compile(rf"</{raw[1]}>", re.IGNORECASE)
         elif _COMMENT.match(text) and "-->" not in text:
             name, closing = "a comment", re.compile("-->")
         else:
             lines.append(match.span())
-    return lines, name
+    return lines, "" if inside else name

@@ -5,13 +5,12 @@ import re
 from typing import Any
 
 import pyarrow.parquet
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from lmd_hf import __version__
 from lmd_hf.errors import FormatError
 from lmd_hf.run.asked import hub_id
-from lmd_hf.weights.answers import patiently, told
+from lmd_hf.weights.answers import client, patiently, told
 
 
 MODELS, MATRICES = "data/models", "data/matrices"  # the two configurations, a file each a report
@@ -27,7 +26,7 @@ def read_results(
     Only the files of that model are fetched. Raises `SourceError` where the dataset cannot be read and `FormatError`
     for files that are no such reports.
     """
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    api = client(token)
     folder = MODELS if model is None else f"{MODELS}/{slug(model)}"
 
     def read() -> list[dict[str, Any]]:

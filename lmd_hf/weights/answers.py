@@ -1,9 +1,12 @@
-"""What the Hub answers when it does not do what was asked: again after a while, or one line with the remedy."""
+"""The Hub's client, and what it answers when it does not do what was asked: again after a while, or one line with the
+remedy."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -13,13 +16,29 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from lmd_hf import __version__
 from lmd_hf.compat import unreachable_errors
-from lmd_hf.errors import SourceError
+from lmd_hf.errors import SettingsError, SourceError
 
 
 TRIES = 4  # of a request that was answered with 429 or 5xx
 LONGEST_WAIT = 300.0  # seconds: the Hub counts requests in windows of five minutes
 T = TypeVar("T")
+
+
+def client(token: str | bool | None) -> HfApi:
+    """The Hub's client, for the stored token (`None`, `True`), none (`False`) or this one.
+
+    Raises `SettingsError` for one that no header can carry: the HTTP library would print it, and call the Hub
+    unreachable.
+    """
+    sent = get_token() if token is None or token is True else token
+    if isinstance(sent, str) and not re.fullmatch("[!-~]+", sent):
+        raise SettingsError(
+            "the token is empty, or has a space, a line break or a letter beyond ASCII in it; strip() it, or "
+            "`hf auth login`"
+        )
+    return HfApi(token=token, library_name="lmd-hf", library_version=__version__)
 
 
 def told(repo_id: str, call: Callable[[], T], *, revision: str | None = None) -> T:
@@ -41,10 +60,14 @@ def told(repo_id: str, call: Callable[[], T], *, revision: str | None = None) ->
         raise SourceError(f"{repo_id}: not (wholly) in the cache and the Hub cannot be reached; {remedy}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        remedy = "try again later"
-        if status in (401, 403):
-            remedy = "the token lacks a permission; use one with write access"
-        raise SourceError(f"{repo_id}: the Hub answered {status}; {remedy}") from None
+        remedies = {
+            401: "the token is not, or no longer, valid; `hf auth login`",
+            403: "the token lacks a permission, such as write access; use one that has it",
+        }
+        said = f" ({' '.join(error.server_message.split())})" if error.server_message else ""
+        raise SourceError(
+            f"{repo_id}: the Hub answered {status}{said}; {remedies.get(status, 'try again later')}"
+        ) from None
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -73,7 +96,7 @@ def wait(error: HfHubHTTPError, attempt: int) -> None:
 def demanded_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds from `Retry-After`, or until the window of the Hub's `RateLimit` header ends; `None` without either."""
     asked = headers.get("Retry-After", "").strip()
-    if asked.isdigit():
+    if asked.isdecimal():
         return float(asked)
     limit = parse_ratelimit_headers(headers)
     return None if limit is None else float(limit.reset_in_seconds)

@@ -1,5 +1,6 @@
 """A Hub repository as a source: pinned once to a commit, headers and selected tensors by HTTP range."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,14 +20,15 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers
 
 from lmd_hf import __version__
-from lmd_hf.compat import resolve_commit, unreachable_errors
+from lmd_hf.compat import redirect_errors, resolve_commit, unreachable_errors
 from lmd_hf.errors import SourceError, first_line
 from lmd_hf.records import TensorRef, WeightFile
-from lmd_hf.weights.answers import told
+from lmd_hf.weights.answers import client, patiently, told
 from lmd_hf.weights.header import read_header
 from lmd_hf.weights.ranged import CONNECTIONS, Connection, RemoteFile
 from lmd_hf.weights.repository import (
     INDEX,
+    PICKLES,
     STATE,
     check_state,
     config_file,
@@ -58,13 +60,13 @@ def open_repository(
     whole files into the cache. Raises `SourceError` with the remedy for a repository that is missing, private, gated
     or out of reach.
     """
-    api = HfApi(token=token, library_name="lmd-hf", library_version=__version__)
+    api = client(token)
     opened = told(repo_id, lambda: _open(api, repo_id, revision, subfolder, download), revision=revision)
     return replace(opened, subfolder=subfolder, token=token)
 
 
 def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, download: bool) -> FileSource:
-    commit = resolve_commit(api, repo_id, revision)
+    commit = patiently(lambda: resolve_commit(api, repo_id, revision))
     if folder := _cached_folder(repo_id, commit, subfolder):
         source = open_folder(folder, identifier=repo_id)
         identity = replace(source.identity, revision=revision, commit=commit)
@@ -94,10 +96,10 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
         if state is None:
             return None
         check_state(state, sizes[state].size)
-        return state, _download(fetch, repo_id, state, connection)
+        return state, _download(fetch, state, connection)
 
     if not names[0].endswith(".safetensors"):  # the header of a pickle or a GGUF file is not at one place
-        paths = [_download(fetch, repo_id, name, connection) for name in names]
+        paths = [_download(fetch, name, connection) for name in names]
         source = from_files(paths[0].parent, names, config, repo_id)
         identity = replace(source.identity, revision=revision, commit=commit)
         return replace(source, identity=identity, notes=(*source.notes, *notes), training=training)
@@ -112,7 +114,7 @@ def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, downlo
     def locate(name: str) -> Path | RemoteFile:
         if path := connection.cached(name):
             return path
-        return _download(fetch, repo_id, name, connection) if download else remote[name]
+        return _download(fetch, name, connection) if download else remote[name]
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:  # a large model has hundreds of shards, each a round trip or two
         tensors = [tensor for header in pool.map(partial(_header, connection, remote), names) for tensor in header]
@@ -158,15 +160,19 @@ def _fetch(api: HfApi, repo_id: str, prefix: str, commit: str, name: str) -> Pat
     return Path(hf_hub_download(repo_id, prefix + name, revision=commit, token=api.token))
 
 
-def _download(fetch: Callable[[str], Path], repo_id: str, name: str, connection: Connection) -> Path:
-    """The whole file, in the cache."""
-    try:
-        with connection.lock:  # two threads that need the same shard download it once
-            path = connection.cached(name) or fetch(name)
-    except (OSError, HfHubHTTPError, *unreachable_errors()) as error:
-        reason = first_line(error)
-        raise SourceError(f"{repo_id}: cannot download {name} ({reason}); what has arrived is kept") from None
-    return path
+def _download(fetch: Callable[[str], Path], name: str, connection: Connection) -> Path:
+    """The whole file, in the cache. What the client's own tries do not heal ends the connection: no matrix of many
+    waits for it again."""
+    with connection.lock:  # two threads that need the same shard download it once
+        if path := connection.cached(name):
+            return path
+        if connection.fault:
+            raise SourceError(connection.fault)
+        try:
+            return fetch(name)
+        except (OSError, HfHubHTTPError, *unreachable_errors(), *redirect_errors()) as error:
+            reason = re.sub(r"\?[^\s')]*", "", first_line(error))  # a signed address opens the file to whoever reads it
+            raise connection.end(f"cannot download {name} ({reason}); what has arrived is kept") from None
 
 
 def _cached(repo_id: str, prefix: str, commit: str, name: str) -> Path | None:
@@ -190,7 +196,8 @@ def _cached_folder(repo_id: str, commit: str, subfolder: str) -> Path | None:
     cached = partial(_cached, repo_id, f"{subfolder}/" if subfolder else "", commit)
     config, index = cached("config.json"), cached(INDEX)
     if config is not None and is_offline_mode() and not list(config.parent.glob("*.safetensors*")):
-        return config.parent  # pickles, or GGUF: whatever is there is all that there is
+        others = [path for path in config.parent.iterdir() if path.suffix in (".gguf", *PICKLES)]
+        return config.parent if others else None  # whatever is there is all that there is
     names = ["model.safetensors"] if index is None else read_index(index.read_bytes(), f"{repo_id}/{INDEX}").shards
     complete = config is not None and all(cached(name) is not None for name in names)
     return config.parent if config is not None and complete else None

@@ -23,7 +23,7 @@ TRIES = 6  # in a row that bring no byte; the waits between them add up to a qua
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds, doubling
 LONGEST_DEMAND = 300.0  # seconds: the Hub counts requests in windows of five minutes
 SHA256_LENGTH = 64
-BUSY = (408, 429, 500, 502, 503, 504)
+BUSY = (408, 429)  # and whatever is 500 or more
 
 
 class _Again(Exception):
@@ -43,7 +43,7 @@ class Connection:
     """
 
     repo_id: str
-    headers: dict[str, str]
+    headers: dict[str, str] = field(repr=False)  # with the token
     cached: Callable[[str], Path | None]
     bytes_fetched: int = 0
     files_touched: set[str] = field(default_factory=set)
@@ -161,18 +161,23 @@ class RemoteFile:
     def _check(self, answer: Any, start: int) -> None:
         """Is this answer what was asked for, of the file that was listed?"""
         status, where = answer.status_code, str(answer.url)
-        if status in BUSY:
+        if status in BUSY or status >= 500:
             raise _Again(f"it answers {status}", demanded_wait(answer.headers))
         if status >= 400 and not _same_origin(where, self.url) and status != 416:
             self.found = ("", "")  # a signed address expires
             raise _Again(f"its storage answers {status}")
         if status >= 400 and status != 416:
             raise self._refused(status, answer.headers.get("X-Error-Code"))
-        total = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers.get("Content-Length")
+        encoding, part = answer.headers.get("Content-Encoding", "identity"), answer.headers.get("Content-Range", "")
+        if encoding != "identity":
+            raise self._lost(f"arrives as {encoding}, which nobody asked for; --download reads whole files")
+        total = part.rpartition("/")[2] or answer.headers.get("Content-Length")
         if total != str(self.size):
             raise self._lost(f"has {total} bytes where its commit lists {self.size}; it was replaced: run again")
         if status not in (200, 206) or (status == 200 and start):
             raise self._lost(f"cannot be read in parts (its server answers {status}); --download reads whole files")
+        if status == 206 and not part.lower().startswith(f"bytes {start}-"):
+            raise self._lost("is sent from another byte than was asked for; --download reads whole files")
         linked = [hop.headers.get("X-Linked-Etag", "").strip('W/"') for hop in answer.history]
         tag = answer.headers.get("ETag", "")
         place, before = self.found

@@ -34,6 +34,10 @@ METADATA = [
     "emoji: \U0001f600\ntags:\n- ünïcode",
     "{license: mit, tags: [a]}",
     "\ttabs: 1",
+    "x: !!int _",
+    "x: !!bool maybe",
+    "x: !!timestamp soon",
+    f"x: {'[' * 1000}{']' * 1000}",
 ]
 BODIES = [
     "",
@@ -49,6 +53,8 @@ BODIES = [
     "---\nnot: metadata\n---\n",
     "<pre>\nraw\n</pre>\ntail",
     "Inline ``` not a fence ``` text\n",
+    "- ```bash\n  pip install x\n  ```\n- done\n\n10. ~~~\n\n    y\n    ~~~\n",
+    "1. - ```\n     not closed, but its item ends\n\nText.\n* ``` inline ```\n+ ~~~\n  the last one\n",
     "text\x0bwith\x0codd\u2028separators\x85\n",
     "bad bytes \udcff\udcfe kept\n",
     "x" * 1_000_000,

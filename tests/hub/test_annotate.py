@@ -122,6 +122,7 @@ def test_opting_out_holds_even_against_force(hub, model):
         ('tags: [a\n"lmd": false', True), ("tags: [a\n lmd : 'no'", True), ("tags: [a\r\nlmd: false\r", True),
         ("lmd: true", False), ("lmd: falsehood", False), ("tags: [lmd]", False), ("tags: [a\nlmd: falsehood", False),
         ("tags: [a\nfoolmd: false", False), ("x: {lmd: false}", False), ("just text", False),
+        ("lmd: false\nx: !!int _", True), ("x: !!timestamp soon", False),
     ],
 )  # fmt: skip
 def test_an_opt_out_is_respected_however_it_is_written(metadata, is_out):
@@ -200,6 +201,19 @@ def test_a_card_that_changed_meanwhile_keeps_the_change(hub, model, monkeypatch)
     monkeypatch.setattr(module, "analyze_one", slow)
     assert annotate(model, how="pull", token=TOKEN).reason == "pull request #1 opened"
     assert "New words." in files_of(hub, model, "refs/pr/1")["README.md"].decode()
+
+
+def test_what_others_changed_on_the_branch_stays_when_it_is_renewed(hub, model, save):
+    annotate(model, how="pull", token=TOKEN)
+    ours = files_of(hub, model, "refs/pr/1")
+    edited = ours["README.md"].decode() + "\nA maintainer's words.\n"
+    hub.repos[model].commit({**ours, "README.md": edited.encode()}, "refs/pr/1")
+    other = {path.name: path.read_bytes() for path in save("qwen2").iterdir()}
+    hub.repos[model].commit({**files_of(hub, model), **other})
+    assert annotate(model, how="pull", token=TOKEN).reason == "pull request #1 renewed"
+    renewed = files_of(hub, model, "refs/pr/1")["README.md"].decode()
+    assert section.remove(renewed) == section.remove(edited)
+    assert section.find(renewed).fields != section.find(edited).fields
 
 
 def test_pushing_to_an_own_repository_and_to_a_foreign_one(hub, model):

@@ -124,3 +124,21 @@ def test_analyze_takes_a_published_result_of_the_same_commit_and_settings_and_sa
     repo = hub.repos[name]
     repo.commit({**repo.commits[repo.branches["main"]], "notes.md": b"x"})
     assert "published" not in analyze(name, heads=True, reuse=where).environment  # another commit
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("lfs", [True, False])
+def test_of_two_models_in_one_commit_each_has_its_own_result(hub, save, lfs, download):
+    """Their files have the same names and sizes; without LFS no hash is listed."""
+    where, name = dataset(hub), f"results/two-{time.time_ns()}"
+    files = {path.name: path.read_bytes() for path in save("llama").iterdir()}
+    weights = files["model.safetensors"]
+    other = files | {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])}
+    folders = {"a": files, "b": other}
+    hub.add(
+        name, {f"{folder}/{file}": data for folder, each in folders.items() for file, data in each.items()}, lfs=lfs
+    )
+    asked = {"roles": ("q",), "reuse": where, "download": download}
+    push_results(analyze(name, subfolder="a", roles=("q",), download=download), where, token=TOKEN)
+    assert "published" not in analyze(name, subfolder="b", **asked).environment
+    assert "published" in analyze(name, subfolder="a", **asked).environment or not lfs

@@ -116,8 +116,11 @@ def test_a_file_that_is_no_queue_is_one_clear_error(tmp_path):
 
 def test_a_list_of_models_is_a_text_file(tmp_path):
     path = tmp_path / "models.txt"
-    path.write_text("# ours\norg/a\n\norg/b  # the second\nhttps://huggingface.co/org/c\n", encoding="utf-8-sig")
-    assert listed(path) == ["org/a", "org/b", "org/c"]
+    path.write_text(
+        "# ours\norg/a\n\norg/b  # the second\nhttps://huggingface.co/org/c\nhttps://huggingface.co/org/d/\n",
+        encoding="utf-8-sig",
+    )
+    assert listed(path) == ["org/a", "org/b", "org/c", "org/d"]
     with pytest.raises(SettingsError, match="one model a line"):
         listed(tmp_path / "none.txt")
 

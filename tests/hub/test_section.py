@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from lmd_hf.errors import FormatError
+from lmd_hf.hub.etiquette import opted_out
 from lmd_hf.hub.metadata import add_tag
 from lmd_hf.hub.section import END, find, place, remove
 
@@ -23,6 +24,10 @@ NOT_EDITED = {  # metadata → why its tags stay as they are
     "- a\n- list": "not a mapping",
     "tags: [a": "not valid YAML",
     "\ttabs: 1": "not valid YAML",
+    "x: !!int _": "not valid YAML",
+    "x: !!bool maybe": "not valid YAML",
+    "x: !!timestamp soon": "not valid YAML",
+    f"x: {'[' * 1000}{']' * 1000}": "not valid YAML",
 }
 
 
@@ -98,6 +103,18 @@ def test_what_cannot_be_edited_says_why(metadata):
 )
 def test_the_edit_looks_as_a_person_would_have_made_it(before, after):
     assert add_tag(f"---\n{before}\n---\n", "lmd") == (f"---\n{after}\n---\n", None)
+
+
+def test_blanks_behind_a_marker_are_no_reason_for_a_second_section():
+    once = place("# x\n", BODY)
+    assert place(once.replace("-->\n", "--> \t\n"), BODY) == once
+
+
+def test_aliases_that_multiply_take_no_time():
+    lists = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(12))
+    metadata = f"{lists}\nlmd: *a11\ntags:\n- b"
+    assert not opted_out(f"---\n{metadata}\n---\n")
+    assert add_tag(f"---\n{metadata}\n---\n", "lmd") == (f"---\n{metadata}\n- lmd\n---\n", None)
 
 
 @pytest.mark.parametrize("body", cards.OPEN)

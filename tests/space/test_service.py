@@ -43,6 +43,15 @@ def test_the_guard_can_fail(source):
     assert list(outside(source))
 
 
+@pytest.mark.parametrize(("decomposed", "share"), [(9_999, "99.9%"), (10_000, "100.0%"), (5_000, "50.0%")])
+def test_a_plan_covers_all_only_when_nothing_is_missing(decomposed, share):
+    import fragments
+
+    lists = dict.fromkeys(("matrices", "skipped", "notes"), ())
+    sizes = dict.fromkeys(("expected_seconds", "bytes_to_fetch", "memory_bytes"), 0)
+    assert f"({share})" in fragments.plan({**lists, **sizes, "decomposed": decomposed, "parameters": 10_000})
+
+
 def test_the_front_matter_says_what_runs():
     text = (SPACE / "README.md").read_text()
     told = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL).group(1))

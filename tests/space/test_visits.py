@@ -271,6 +271,14 @@ def test_files_are_what_the_report_holds(visit, tmp_path):
     alone.page.fill("#search", "q_proj")
     assert alone.page.locator(".lmd-table tbody tr:visible").count() == 4
     assert violations(alone.page) == []
+    alone.page.fill("#search", "")
+    alone.page.emulate_media(media="print")
+    assert (
+        alone.page.evaluate(
+            "(({scrollHeight, clientHeight}) => scrollHeight - clientHeight)(document.querySelector('.lmd-table'))"
+        )
+        == 0
+    ), "paper does not scroll"
 
 
 def test_names_are_suggested_from_the_hub(visit, app, hub, model_files):

@@ -4,7 +4,9 @@ import pytest
 
 from lmd_hf import analyze
 from lmd_hf.api import plan
-from lmd_hf.errors import SourceError
+from lmd_hf.errors import SettingsError, SourceError
+from lmd_hf.pipeline import Request
+from lmd_hf.records import Settings
 from lmd_hf.weights.source import open_source
 
 
@@ -104,6 +106,35 @@ def test_a_private_repository_needs_its_token_and_never_leaks_it(hub, save):
     assert hub.token not in report.to_json()
 
 
+def test_a_token_is_never_shown(hub, save):
+    hub.add("org/shown", files_of(save("bert")))
+    source = open_source("org/shown", token=hub.token)
+    assert hub.token not in repr(source) + repr(Request(Settings(), where={"token": hub.token}))
+    with pytest.raises(SettingsError, match="the token is empty, or has a space"):
+        open_source("org/shown", token=f"{hub.token}\n")
+
+
+def test_a_token_that_has_expired_says_so_of_a_public_model(hub, save):
+    hub.add("org/expired", files_of(save("bert")))
+    with pytest.raises(
+        SourceError, match=r"answered 401 \(Invalid credentials.*\); the token is not, or no longer, valid"
+    ):
+        open_source("org/expired", token="hf_expired")
+
+
+@pytest.mark.parametrize("answers", [[429], [503, 503]])
+def test_a_hub_that_is_busy_at_first_is_waited_for(hub, llama, answers):
+    hub.failing["info"] = answers
+    assert open_source(llama[0]).identity.commit == llama[1]
+
+
+def test_a_hub_that_stays_busy_is_not_called_unreachable(hub, llama, monkeypatch):
+    monkeypatch.setattr("lmd_hf.weights.answers.TRIES", 1)
+    hub.failing["info"] = [503] * 9
+    with pytest.raises(SourceError, match="the Hub answered 503; try again later"):
+        open_source(llama[0])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -135,15 +166,26 @@ def test_after_a_download_a_second_look_fetches_nothing(hub, llama):
     assert hub.sent == sent
 
 
+@pytest.mark.parametrize("fault", ["error", "short", "loop"])
+def test_a_download_that_fails_is_not_tried_again_for_every_matrix_and_shows_no_signed_address(hub, llama, fault):
+    hub.always = fault
+    with pytest.raises(SourceError, match=r"cannot download model-\S+ \(.*\); what has arrived is kept") as raised:
+        analyze(llama[0], download=True)
+    assert "secret" not in str(raised.value)
+    assert len({path for _, path, part in hub.requests if "/cdn/" in path and not part}) == 1, "the first shard alone"
+
+
 def test_a_hub_out_of_reach_says_so(hub):
     hub.down = True
     with pytest.raises(SourceError, match="the Hub cannot be reached"):
         open_source("org/never-seen")
 
 
-def test_offline_with_only_part_of_a_model_says_so(hub, llama, monkeypatch):
-    name, _ = llama
-    analyze(name, match="*layers.0.*", download=True)
+@pytest.mark.parametrize(("size", "options"), [("20KB", {"match": "*layers.0.*", "download": True}), ("1GB", {})])
+def test_offline_with_only_part_of_a_model_says_so(hub, save, monkeypatch, size, options):
+    name = f"org/part-{next(_COUNTER)}"
+    hub.add(name, files_of(save("llama", max_shard_size=size)))
+    analyze(name, **options)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"not \(wholly\) in the cache"):
         open_source(name)

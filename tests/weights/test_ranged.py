@@ -100,6 +100,8 @@ def test_a_fault_that_a_retry_heals_changes_nothing(hub, put, save, fault):
         ("length", r"has \d+ bytes where its commit lists \d+; it was replaced: run again"),
         ("replaced", "model.safetensors was replaced while it was read; run again"),
         ("loop", "model.safetensors redirects in a circle; try again later"),
+        ("shifted", "is sent from another byte than was asked for; --download reads whole files"),
+        ("packed", "model.safetensors arrives as gzip, which nobody asked for; --download reads whole files"),
         ("error", r"gave up reading from the Hub \(it answers 500\); check the connection and run again"),
         ("cut", r"gave up reading from the Hub \(.*\); check the connection and run again"),
         ("revoked", r"the Hub refuses model.safetensors \(401\); has the token expired\? `hf auth login`"),
