@@ -299,6 +299,16 @@ def test_figures_show_every_role_and_layer(report, tmp_path):
     assert (tmp_path / "again" / "spectra.png").read_bytes() == (tmp_path / "spectra.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"), [(r"a$_b_c_$\frac", r"a$_b_c_$\frac"), ("a\udcffb", r"a\udcffb"), ("a\nb", r"a\nb")]
+)
+def test_figures_take_any_name_of_a_folder(report, tmp_path, name, shown):
+    """Dollars begin no formula, and a byte that is no UTF-8 is shown escaped."""
+    figures = replace(report, model=replace(report.model, id=name)).plot(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(figures)
+    assert figures["spectra"].get_suptitle() == f"Singular values of every matrix: {shown}"
+
+
 def test_the_plane_has_a_mark_for_every_capacity(report):
     axes, *_ = report.plot()["capacity"].axes
     marks = np.concatenate([group.get_offsets() for group in axes.collections])
