@@ -107,6 +107,11 @@ def _short(reason: str) -> str:
     return "companion" if reason.startswith("companion of ") else reason
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """`1 matrix`, `1,200 matrices`."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 def percent(fraction: float) -> str:
     """A share that says 100 % only when nothing is missing."""
     return "100 %" if fraction == 1 else f"{min(fraction * 100, 99.99):.2f} %"
