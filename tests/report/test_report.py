@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from dataclasses import replace
 from importlib import resources
 
@@ -278,6 +279,17 @@ def test_the_card_cannot_be_broken_out_of(report):
     assert "-->" not in card
     assert "](http://evil)" not in re.sub(r"`[^`]*`", "", card).replace("\\](", "")
     assert escape("a|b\nc") == "a\\|b c"
+
+
+def test_the_command_of_a_card_can_be_pasted_into_a_shell(report):
+    """Names and globs are quoted, a first layer below 0 is no option, and factors need a folder that is not told."""
+    chosen = {"layers": "-2,-1", "match": "*mlp*", "roles": ["q", "up"], "heads": True, "rank": 4, "device": "cpu"}
+    card = replace(
+        report, model=replace(report.model, id="my models/it's"), settings={**report.settings, **chosen}
+    ).card()
+    words = shlex.split(re.search(r"\*\*Reproduce:\*\* `(.*?)`", card).group(1))
+    assert words[:3] == ["lmd-hf", "analyze", "my models/it's"]
+    assert sorted(words[3:]) == ["*mlp*", "--heads", "--layers=-2,-1", "--match", "--roles", "q,up"]
 
 
 def test_the_card_makes_no_quality_claim(report):
