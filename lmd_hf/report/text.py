@@ -2,6 +2,7 @@
 
 import html as markup
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ COLUMNS = (
     "error bound",
 )
 SHOWN_LAYERS = 12
+EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 ONE_DIGIT_UP = Context(prec=1, rounding=ROUND_CEILING)
 
 
@@ -250,6 +252,8 @@ def matrix_label(matrix: MatrixReport | MatrixChange) -> str:
         return visible(matrix.name.removesuffix(".weight"))
     expert = matrix.part if matrix.part.startswith("expert") else ""
     expert = " ".join(word for word in expert.split() if word not in ("gate", "up"))
+    if not expert and (own := EXPERT.search(matrix.name)) is not None:  # each in a tensor of its own
+        expert = f"expert {own[1]}"
     return " ".join(filter(None, (matrix.stack, matrix.block, matrix.role, expert)))
 
 

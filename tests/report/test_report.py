@@ -235,6 +235,13 @@ def test_the_table_has_a_line_a_matrix(report):
     assert str(report).startswith(report.summary())
 
 
+def test_every_row_of_a_layer_can_be_told_from_the_others(report):
+    """Experts that each have a tensor of their own, as those that lie in one."""
+    labels = [(matrix.layer, text.matrix_label(matrix)) for matrix in report.matrices]
+    assert len(set(labels)) == len(labels)
+    assert (1, "moe gate expert 2") in labels
+
+
 def test_html_is_a_page_without_foreign_markup(report):
     evil = replace(report, model=replace(report.model, id="<script>alert(1)</script>"))
     html = evil._repr_html_()
