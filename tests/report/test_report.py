@@ -83,7 +83,7 @@ def test_evidence_survives_json_and_is_inert_in_a_card(report):
     again = Report.from_json(told.to_json())
     assert again.convergence == told.convergence
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(told.to_json()))
-    assert "convergence: stable; unstable by themselves: layers 0" in told.summary()
+    assert "convergence: stable; unstable by themselves: layer 0" in told.summary()
     assert "  - checkpoints (org/&lt;b&gt;x&lt;/b&gt;): stable, moved \\| \\`a\\`" in told.card()
 
 
@@ -227,6 +227,19 @@ def test_bounds_are_rounded_up_and_halves_are_shown():
     assert [text.rounded(0)(value) for value in (2.5, 11.5, 12, None)] == ["2.5", "11.5", "12", "–"]
 
 
+@pytest.mark.parametrize(
+    ("places", "shown"),
+    [
+        ([None], "what lies outside the layers"),
+        ([0, None], "layer 0, and what lies outside the layers"),
+        (range(14), f"layers {', '.join(map(str, range(12)))} and 2 more"),
+    ],
+)
+def test_layers_with_another_verdict_are_named(places, shown):
+    convergence = Convergence("unknown", (), tuple(LayerVerdict("", place, "unstable") for place in places))
+    assert text.convergence_lines(convergence)[0] == f"unknown; unstable by themselves: {shown}"
+
+
 def test_the_table_has_a_line_a_matrix(report):
     lines = report.table().splitlines()
     assert len(lines) == 2 + len(report.matrices)
@@ -368,6 +381,19 @@ def test_random_weights_look_untrained_and_low_rank_ones_do_not(tmp_path):
     assert found["not converged"].matrices == ("noise.weight",)
     assert found["slow decay"].matrices == ("noise.weight",)
     assert found["high intrinsic dimension"].status == "not measured"
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 2), torch.ones(40, 40), torch.zeros(40, 40)])
+def test_what_noise_cannot_be_compared_with_is_not_measured(tmp_path, weight):
+    """2 × 2 has the participation ratio of noise at rank one already; a matrix of low rank has no bulk, whatever its
+    size, and a share of none is not told."""
+    save_file({"head.weight": weight}, tmp_path / "model.safetensors")
+    report = analyze(tmp_path)
+    slow, _, untrained = report.findings
+    assert slow.status == ("not found" if weight.sum() == 1600 else "not measured")
+    assert untrained.status == "not measured"
+    assert "large enough" not in untrained.text
+    assert "0 of 0" not in report.summary()
 
 
 def test_thresholds_can_be_changed(report):
