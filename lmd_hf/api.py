@@ -132,7 +132,10 @@ def analyze(  # type: ignore[misc]  # the keywords stand once
     )
     check_types(settings)
     if rank < 0 or (rank > 0) != (factors is not None):
-        raise SettingsError("rank (how many axes) and factors (the folder) go together; give both or neither")
+        raise SettingsError(
+            "rank (how many axes) and factors (the folder) go together; give both or neither (in a shell, only `lmd-hf "
+            "analyze MODEL --rank N --out DIR` writes factors)"
+        )
     request = Request(
         settings,
         {"revision": revision, "subfolder": subfolder, "token": token, "download": download, "base": base},

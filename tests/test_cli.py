@@ -226,10 +226,15 @@ def test_bad_usage_exits_2(capsys, arguments):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [(["--roles", "qq"], "no role 'qq'; known:"), (["--layers", "x"], "cannot read layers")]
+    ("command", "option", "message"),
+    [
+        ("analyze", ["--roles", "qq"], "no role 'qq'; known:"),
+        ("analyze", ["--layers", "x"], "cannot read layers"),
+        ("card", ["--rank", "4"], "only `lmd-hf analyze MODEL --rank N --out DIR` writes factors"),
+    ],
 )
-def test_bad_settings_exit_1(capsys, save, option, message):
-    code, _, err = call(capsys, "analyze", save("llama"), *option)
+def test_bad_settings_exit_1(capsys, save, command, option, message):
+    code, _, err = call(capsys, command, save("llama"), *option)
     assert code == 1
     assert message in err
 

@@ -22,7 +22,7 @@ SKETCHED = 1e-3  # relative residual of every triplet of a sketch
 ROUNDS = 4  # of Krylov steps, after which a whole decomposition is the better way
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class LMD:
     """The five factors, float64.
 

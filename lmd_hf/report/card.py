@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -33,6 +34,7 @@ LATENT = {
     "its energy)",
     True: "how many of those directions hold 90 % of the outputs' energy over the data",
 }
+NO_RESULT = ("device", "rank")  # where it runs, and factors that are written beside the report
 DEFAULTS = {field.name: field.default for record in (Settings, Data) for field in dataclasses.fields(record)}
 
 
@@ -62,6 +64,23 @@ def escape(text: str) -> str:
     """Text from a repository as inert Markdown: no HTML, no links, no table cells, no line breaks, no markers."""
     flat = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", flat)
+
+
+def command(*words: str) -> str:
+    """A command to paste into a shell, each word quoted where a shell would take it apart. Nothing in it may leave the
+    code span that it stands in."""
+    return re.sub(r"[`<>|\s]+", " ", shlex.join(words))
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    """The options of a command line that change a result, for the settings that are not as by default."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if not value or value == DEFAULTS.get(name) or name in NO_RESULT:
+            continue
+        option, text = f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)
+        words += [option] if value is True else [f"{option}={text}"] if text.startswith("-") else [option, text]
+    return words
 
 
 def _reading(report: "Report") -> str:
@@ -146,18 +165,10 @@ def _findings(report: "Report") -> str:
 
 def _reproduce(report: "Report") -> str:
     model, settings = report.model, report.settings
-    flat = {**settings, **(settings.get("data") or {}), "data": None}
-    options = "".join(
-        f" --{name.replace('_', '-')}"
-        + ("" if value is True else f" {','.join(value) if isinstance(value, list) else value}")
-        for name, value in flat.items()
-        if value and name != "device" and value != DEFAULTS.get(name)
-    )
-    pinned = f" --revision {model.commit}" if model.commit else ""
-    command = re.sub(
-        r"[`<>|\s]+", " ", f"lmd-hf analyze {model.id}{pinned}{options}"
-    )  # nothing may leave the code span
-    return f"**Reproduce:** `{command}` (lmd_hf {report.lmd_hf}). {_accuracy(report.matrices)}"
+    chosen = options({**settings, **(settings.get("data") or {}), "data": None})
+    pinned = ["--revision", model.commit] if model.commit else []
+    line = command("lmd-hf", "analyze", model.id, *pinned, *chosen)
+    return f"**Reproduce:** `{line}` (lmd_hf {report.lmd_hf}). {_accuracy(report.matrices)}"
 
 
 def _accuracy(matrices: tuple[MatrixReport, ...]) -> str:

@@ -1,12 +1,11 @@
 """The model-card section of a comparison: Markdown made from the comparison alone."""
 
-import re
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from lmd_hf.changes import MatrixChange
-from lmd_hf.report.card import escape
+from lmd_hf.report.card import command, escape, options
 from lmd_hf.report.compare_text import ROLE_COLUMNS, headlines, identity, role_row, share, unmatched_lines
 from lmd_hf.report.text import by_role, matrix_label
 
@@ -68,13 +67,7 @@ def _where(matrix: MatrixChange) -> str:
 
 def _reproduce(comparison: "Comparison") -> str:
     base, tuned = comparison.base, comparison.tuned
-    pinned = "".join(
-        f" --{side}-revision {model.commit}" for side, model in (("base", base), ("tuned", tuned)) if model.commit
-    )
-    options = "".join(
-        f" --{name} {','.join(value) if isinstance(value, list) else value}"
-        for name, value in comparison.settings.items()
-        if value and name != "device"
-    )
-    command = re.sub(r"[`<>|\s]+", " ", f"lmd-hf compare {base.id} {tuned.id}{pinned}{options}")
-    return f"**Reproduce:** `{command}` (lmd_hf {comparison.lmd_hf})."
+    sides = (("base", base), ("tuned", tuned))
+    pinned = [word for side, model in sides if model.commit for word in (f"--{side}-revision", model.commit)]
+    line = command("lmd-hf", "compare", base.id, tuned.id, *pinned, *options(comparison.settings))
+    return f"**Reproduce:** `{line}` (lmd_hf {comparison.lmd_hf})."

@@ -6,7 +6,7 @@ The paper (arXiv 2309.05968) names three; the measures and thresholds are this p
 from lmd_hf.changes import MatrixChange
 from lmd_hf.matrix.noise import NOISE_FIT
 from lmd_hf.records import Finding, MatrixReport
-from lmd_hf.run.convergence import can_look_untrained, looks_untrained
+from lmd_hf.run.convergence import NONE_JUDGED, can_look_untrained, looks_untrained
 
 
 EXTREMES = 3
@@ -25,12 +25,13 @@ def find(
     even = f"{len(slow)} of {len(ratios)} matrices spread their energy almost as evenly as noise: no low-rank structure"
     if not ratios:
         of_data = any(m.metric == "data" for m in matrices)
-        even = "in the metric of data noise has another participation ratio" if of_data else "no matrix has two values"
+        compared = "no matrix that could be compared with noise"
+        even = "in the metric of data noise has another participation ratio" if of_data else compared
     raw = tuple(label(m) for m in matrices if looks_untrained(m))
     judged = sum(map(can_look_untrained, matrices))
     like_noise = f"{len(raw)} of {judged} matrices cannot be told from i.i.d. noise, as at initialisation"
     if not judged:
-        like_noise = "no matrix is large enough to tell it from noise"
+        like_noise = NONE_JUDGED
     if verdict == "stable" and raw:
         like_noise = f"the training is stable; {like_noise}"
     return (
@@ -80,10 +81,10 @@ def _high_dimension(matrices: tuple[MatrixReport, ...]) -> Finding:
 
 
 def noise_ratio(matrix: MatrixReport) -> float | None:
-    """Participation ratio over k/(1+β), what i.i.d. noise of the same shape has; `None` for a single singular value,
-    and in the metric of data, where noise would have another."""
+    """Participation ratio over k/(1+β), what i.i.d. noise of the same shape has; `None` where a single direction has as
+    much (one singular value, 2 × 2), and in the metric of data, where noise would have another."""
     short, long = min(matrix.shape), max(matrix.shape)
-    if matrix.participation_ratio is None or short < 2 or matrix.metric == "data":
+    if matrix.participation_ratio is None or short * long <= short + long or matrix.metric == "data":
         return None
     return matrix.participation_ratio * (1 + short / long) / short
 

@@ -6,7 +6,7 @@ import numpy as np
 from tabulate import tabulate
 
 from lmd_hf.circuits import HeadReport, MlpReport
-from lmd_hf.report.text import rounded, spread
+from lmd_hf.report.text import counted, rounded, spread
 
 
 AUTO_ASSOCIATIVE = 0.9  # of symmetric energy and of the eigenvalue score, both: the head looks up its own kind
@@ -46,12 +46,16 @@ def _cells(head: HeadReport) -> tuple[str, ...]:
         rounded(1)(head.qk_participation_ratio),
         two(head.qk_symmetric_energy),
         two(head.qk_eigenvalue_score),
-        f"{head.inverse_temperature:.3g}",
+        _three_digits(head.inverse_temperature),
         two(head.copying_score),
         "–" if head.capacity_log10 is None else f"10^{head.capacity_log10:.2f}",
         rounded(1)(head.k90),
         head.hopfield_class or "–",
     )
+
+
+def _three_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def summary(heads: Sequence[HeadReport]) -> list[str]:
@@ -64,11 +68,11 @@ def summary(heads: Sequence[HeadReport]) -> list[str]:
 def _line(name: str, heads: Sequence[HeadReport]) -> str:
     two = rounded(2)
     parts = [
-        f"{len(heads)} heads",
+        counted(len(heads), "head", "heads"),
         f"participation ratio of QK {spread([h.qk_participation_ratio for h in heads], rounded(1))}",
         f"symmetric energy {spread([h.qk_symmetric_energy for h in heads], two)} (0.5: none)",
         f"eigenvalue score {spread([h.qk_eigenvalue_score for h in heads], two)}",
-        f"inverse temperature σ₁ {spread([h.inverse_temperature for h in heads], two)}",
+        f"inverse temperature σ₁ {spread([h.inverse_temperature for h in heads], _three_digits)}",
         f"copying score of OV {spread([h.copying_score for h in heads], two)}",
     ]
     auto, copying = len(auto_associative(heads)), len(copiers(heads))
@@ -91,7 +95,8 @@ def mlp_lines(mlps: Sequence[MlpReport]) -> list[str]:
         name = " ".join(filter(None, (stack, block)))
         keys = f"keys of length {spread([m.key_norm for m in group], rounded(2))}"
         capacity = f"capacity (log10) {spread([m.capacity_log10 for m in group], rounded(2))}"
-        lines.append(f"{name}: {len(group)} key–value memories, {keys}, {norms}{cosine}; {capacity}")
+        memories = counted(len(group), "key–value memory", "key–value memories")
+        lines.append(f"{name}: {memories}, {keys}, {norms}{cosine}; {capacity}")
     return lines
 
 
@@ -141,10 +146,12 @@ def section(heads: Sequence[HeadReport]) -> str:
         return ""
     symmetric = spread([head.qk_symmetric_energy for head in heads], rounded(2))
     copying = spread([head.copying_score for head in heads], rounded(2))
+    title = counted(len(heads), "attention head as a Hopfield memory", "attention heads as Hopfield memories")
+    auto = counted(len(auto_associative(heads)), "head is", "heads are")
     return (
-        f"**{len(heads)} attention heads as Hopfield memories** (QK: similarity, softmax: separation, OV: projection). "
+        f"**{title}** (QK: similarity, softmax: separation, OV: projection). "
         f"Symmetric energy of QK {symmetric}, where 0.5 is what unrelated queries and keys have; copying score of OV "
-        f"{copying}: median, least and largest. {len(auto_associative(heads))} heads are auto-associative (symmetric "
+        f"{copying}: median, least and largest. {auto} auto-associative (symmetric "
         f"energy and eigenvalue score of QK ≥ {AUTO_ASSOCIATIVE}), {len(copiers(heads))} mostly copy (≥ {COPYING}). "
         f"From the weights: {conventions(heads)}."
     )

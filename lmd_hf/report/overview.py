@@ -12,7 +12,7 @@ from lmd_hf.report import heads
 from lmd_hf.report.compare_text import ROLE_COLUMNS as CHANGE_COLUMNS
 from lmd_hf.report.compare_text import headlines, identity, share, total_change
 from lmd_hf.report.compare_text import role_row as change_row
-from lmd_hf.report.text import ROLE_COLUMNS, by_role, convergence_lines, percent, role_row
+from lmd_hf.report.text import ROLE_COLUMNS, by_role, convergence_lines, counted, percent, role_row
 
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lmd_hf.report.report import Report
 
 SKIPPED = 50  # tensors that the list of what was left out names
+LATENT = "stand above the matrix’s own noise or, where none does, hold 90 % of its energy."
 MARKS = {"found": "!", "not found": "✓", "not measured": "–"}
 
 
@@ -27,7 +28,7 @@ def overview(report: "Report") -> str:
     """Key figures, a reading in sentences, roles, findings, convergence and what was left out."""
     coverage = report.coverage
     tiles = [
-        ("parameters", _short(coverage.parameters)),
+        ("parameters", in_units(coverage.parameters)),
         ("decomposed", percent(coverage.fraction)),
         ("matrices", f"{len(report.matrices):,}"),
         ("effective rank, median share", _percent(_shares(report.matrices))),
@@ -48,29 +49,34 @@ def reading(report: "Report") -> list[str]:
     coverage, matrices = report.coverage, report.matrices
     shares = {role: value for role, group in by_role(matrices) if (value := _median(_shares(group))) is not None}
     told = [
-        f"{len(matrices):,} weight matrices hold {coverage.decomposed:,} of the model’s {coverage.parameters:,} "
-        "parameters. Each is read as five factors: what it listens for, how sharply it separates, where it writes."
+        f"{counted(len(matrices), 'weight matrix holds', 'weight matrices hold')} {coverage.decomposed:,} of the "
+        f"model’s {coverage.parameters:,} parameters."
     ]
+    if matrices:
+        told[0] += " Each is read as five factors: what it listens for, how sharply it separates, where it writes."
+    if shares:
+        told.append(f"A typical matrix spreads its weight over {_percent(_shares(matrices))} of its directions.")
     if len(shares) > 1:
         least, most = min(shares, key=lambda role: shares[role]), max(shares, key=lambda role: shares[role])
-        told.append(
-            f"A typical matrix spreads its weight over {_percent(_shares(matrices))} of its directions. "
-            f"<b>{html.escape(least)}</b> is the most concentrated role ({shares[least]:.0%}), "
+        told[-1] += (
+            f" <b>{html.escape(least)}</b> is the most concentrated role ({shares[least]:.0%}), "
             f"<b>{html.escape(most)}</b> the most even one ({shares[most]:.0%})."
         )
+    data = report.settings.get("data")
     cut = [m.latent_dim / min(m.shape) for m in matrices if m.latent_dim]
     if cut:
         told.append(
-            f"Its latent dimension n' is {statistics.median(cut):.0%} of them: the directions that stand above the "
-            "matrix’s own noise or, where none does, hold 90 % of its energy."
+            f"Its latent dimension n' is {statistics.median(cut):.0%} of them: the directions that "
+            + ("hold 90 % of the outputs’ energy over the data." if data else LATENT)
         )
     if report.heads:
         auto, copying = len(heads.auto_associative(report.heads)), len(heads.copiers(report.heads))
         told.append(
-            f"Of {len(report.heads):,} attention heads, {copying} mostly copy what they read and {auto} look up their "
-            "own kind (auto-associative)."
+            f"Of {counted(len(report.heads), 'attention head', 'attention heads')}, {copying} mostly copy what they "
+            f"read and {auto} look up their own kind (auto-associative)."
         )
-    told.append("These numbers come from the weights alone; they say nothing about quality, safety or accuracy.")
+    source = f"the weights and one dataset ({html.escape(data['dataset'])})" if data else "the weights"
+    told.append(f"These numbers come from {source} alone; they say nothing about quality, safety or accuracy.")
     return told
 
 
@@ -139,8 +145,10 @@ def _percent(values: Sequence[float]) -> str:
     return "–" if middle is None else f"{middle:.0%}"
 
 
-def _short(count: int) -> str:
+def in_units(count: int) -> str:
+    """A count to three digits: `8.03 B`."""
+    rounded = float(f"{count:.3g}")
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
+        if rounded >= size:
+            return f"{rounded / size:g} {unit}"
     return str(count)

@@ -17,6 +17,7 @@ from lmd_hf.matrix.dimension import expressivity
 from lmd_hf.report import heads
 from lmd_hf.report.measures import COLORMAP
 from lmd_hf.report.text import by_role
+from lmd_hf.visible import visible
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def layer_bar(figure: Figure, axes: Axes | Sequence[Axes], last: int, *, shrink:
     """The bar that tells the layer of a colour."""
     shade = ScalarMappable(Normalize(0, max(last, 1)), COLORMAP)
     figure.colorbar(shade, ax=axes, label="layer", shrink=shrink, ticks=MaxNLocator(integer=True))
+
+
+def above(figure: Figure, title: str) -> None:
+    """The title of a figure, in which the name of a model is no formula (`$`) and holds nothing that no font can be
+    given."""
+    figure.suptitle(visible(title), fontsize="medium", parse_math=False)
 
 
 def plane(report: "Report") -> Figure | None:
@@ -64,7 +71,7 @@ def plane(report: "Report") -> Figure | None:
     figure.legend(handles=roles, loc="outside right center", fontsize="small", frameon=False)
     if last > 0:
         layer_bar(figure, axes, last)
-    figure.suptitle(f"Capacity and expressivity: {report.model.id[-TITLE:]}", fontsize="medium")
+    above(figure, f"Capacity and expressivity: {report.model.id[-TITLE:]}")
     return figure
 
 

@@ -17,7 +17,7 @@ from lmd_hf.records import MatrixReport
 from lmd_hf.report.heads import grids
 from lmd_hf.report.measures import CHANGES, COLORMAP, MEASURES, ON_CARDS, layer_grid
 from lmd_hf.report.plain import Row
-from lmd_hf.report.plane import layer_bar, layer_color, plane
+from lmd_hf.report.plane import above, layer_bar, layer_color, plane
 from lmd_hf.report.text import by_role
 
 
@@ -73,7 +73,7 @@ def spectra(report: "Report") -> Figure:
             _spectrum(axes, matrix, color(matrix))
         axes.set(yscale="log", ylim=(1e-4, 1.5), xlim=(0, 1))
     _label(figure, panels, "σᵢ / σ₁", "i / k")
-    figure.suptitle(f"Singular values of every matrix: {report.model.id}", fontsize="medium")
+    above(figure, f"Singular values of every matrix: {report.model.id}")
     return figure
 
 
@@ -90,7 +90,7 @@ def updates(matrices: tuple[MatrixChange, ...], names: str) -> Figure:
         if all(matrix.identical for matrix in group):
             axes.text(0.5, 0.5, "identical", transform=axes.transAxes, ha="center", va="center", color="0.45")
     _label(figure, panels, "σᵢ(ΔW) / ‖W‖", "i")
-    figure.suptitle(f"What changed: {names} (dots: update rank)", fontsize="medium")
+    above(figure, f"What changed: {names} (dots: update rank)")
     return figure
 
 
@@ -141,7 +141,7 @@ def heatmap(matrices: tuple[Row, ...], measures: dict[str, Callable[[Row], float
         if index == 0:
             axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes)
-    figure.suptitle(title, fontsize="medium")
+    above(figure, title)
     return figure
 
 
@@ -163,7 +163,7 @@ def head_map(heads: Sequence[HeadReport], title: str) -> Figure:
             if column == 0:
                 axes.set_ylabel(f"layer ({name})" if len(rows) > 1 else "layer")
             figure.colorbar(image, ax=axes)
-    figure.suptitle(f"Attention heads: {title}", fontsize="medium")
+    above(figure, f"Attention heads: {title}")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import html as markup
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ import numpy as np
 from tabulate import tabulate
 
 from lmd_hf.changes import MatrixChange
-from lmd_hf.evidence import Convergence
+from lmd_hf.evidence import Convergence, LayerVerdict
 from lmd_hf.records import Coverage, MatrixReport, Skipped
 from lmd_hf.report.plain import Row
 from lmd_hf.visible import visible
@@ -33,6 +34,7 @@ COLUMNS = (
     "error bound",
 )
 SHOWN_LAYERS = 12
+EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 ONE_DIGIT_UP = Context(prec=1, rounding=ROUND_CEILING)
 
 
@@ -43,7 +45,7 @@ def summary(report: "Report") -> str:
         visible(f"{report.model.id}{f' @ {report.model.commit[:12]}' if report.model.commit else ''}"),
         visible(coverage_line(report.coverage)),
         *(visible(f"note: {note}") for note in report.coverage.notes),
-        *([f"{reused:,} spectra from an earlier run (`lmd-hf cache clear` removes them)"] if reused else []),
+        *([f"spectra from an earlier run: {reused:,} (`lmd-hf cache clear` removes them)"] if reused else []),
         *([f"published result, from {published}"] if published else []),
         *filter(None, (kernels_line(report.matrices),)),
         "",
@@ -66,16 +68,20 @@ def convergence_lines(convergence: Convergence) -> list[str]:
 
 
 def _odd_layers(convergence: Convergence) -> str:
-    odd: dict[str, list[str]] = {}
+    odd: dict[str, list[LayerVerdict]] = {}
     for each in convergence.layers:
         if each.verdict != convergence.verdict:
-            name = "what lies outside the layers" if each.layer is None else f"{each.stack} {each.layer}".strip()
-            odd.setdefault(each.verdict, []).append(name)
-    texts = []
-    for verdict, names in odd.items():
-        more = f" and {len(names) - SHOWN_LAYERS} more" if len(names) > SHOWN_LAYERS else ""
-        texts.append(f"; {verdict} by themselves: layers {', '.join(names[:SHOWN_LAYERS])}{more}")
-    return "".join(texts)
+            odd.setdefault(each.verdict, []).append(each)
+    return "".join(f"; {verdict} by themselves: {_places(layers)}" for verdict, layers in odd.items())
+
+
+def _places(layers: list[LayerVerdict]) -> str:
+    """`layers 0, 1 and 2 more, and what lies outside the layers`."""
+    names = [f"{each.stack} {each.layer}".strip() for each in layers if each.layer is not None]
+    more = f" and {len(names) - SHOWN_LAYERS} more" if len(names) > SHOWN_LAYERS else ""
+    listed = f"layer{'s' if len(names) > 1 else ''} {', '.join(names[:SHOWN_LAYERS])}{more}" if names else ""
+    outside = "what lies outside the layers" if len(names) < len(layers) else ""
+    return ", and ".join(filter(None, (listed, outside)))
 
 
 def _of_data(matrices: tuple[MatrixReport, ...]) -> list[str]:
@@ -105,6 +111,11 @@ def reasons(skipped: Iterable[Skipped], most: int = 4) -> str:
 
 def _short(reason: str) -> str:
     return "companion" if reason.startswith("companion of ") else reason
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """`1 matrix`, `1,200 matrices`."""
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def percent(fraction: float) -> str:
@@ -225,7 +236,7 @@ def with_error(matrix: MatrixReport, name: str, digits: int) -> str:
         return show(value) if matrix.intervals is None or value is None else f"≈ {show(value)}"
     above, below = ends[1] - value, value - ends[0]
     return (
-        f"{show(value)} ± {show(above)}"
+        f"{show(value)} ± {show(math.ceil(above * 10**digits) / 10**digits)}"  # up: no estimate is shown as exact
         if math.isclose(above, below)
         else f"{show(value)} ({show(ends[0])}–{show(ends[1])})"
     )
@@ -245,6 +256,8 @@ def matrix_label(matrix: MatrixReport | MatrixChange) -> str:
         return visible(matrix.name.removesuffix(".weight"))
     expert = matrix.part if matrix.part.startswith("expert") else ""
     expert = " ".join(word for word in expert.split() if word not in ("gate", "up"))
+    if not expert and (own := EXPERT.search(matrix.name)) is not None:  # each in a tensor of its own
+        expert = f"expert {own[1]}"
     return " ".join(filter(None, (matrix.stack, matrix.block, matrix.role, expert)))
 
 

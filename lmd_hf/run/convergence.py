@@ -19,6 +19,7 @@ from lmd_hf.run.asked import NUMBER, check_type
 
 LAST_SHARE, LEAST_POINTS = 0.1, 10  # of a loss curve: its last tenth, but no fewer points
 LEAST_SIDE = 24  # the short side of a matrix whose spectrum can be told from noise's
+NONE_JUDGED = f"no matrix has {LEAST_SIDE} rows and columns or more, and a bulk to compare with noise"
 HUGE = 1e100  # a loss or a step beyond it is no number
 Place = tuple[str, int | None]  # stack and layer
 
@@ -202,6 +203,7 @@ def judge_weights(matrices: Sequence[MatrixReport], thresholds: Thresholds) -> E
     whole = _untrained(("", None), matrices, thresholds)
     raw, judged = whole.numbers["untrained"] or 0, whole.numbers["judged"] or 0
     text = f"{raw:.0f} of {judged:.0f} matrices cannot be told from i.i.d. noise, as at initialisation"
+    text = text if judged else NONE_JUDGED
     if whole.verdict == UNKNOWN:
         text += "; weights alone cannot show that a training has converged"
     limits = {"untrained_share": thresholds.untrained_share}

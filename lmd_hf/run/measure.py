@@ -31,7 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(functional.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
 }
-NOISE = ("mp_edge", "mp_spikes", "mp_spikes_99", "mp_fit_distance")
+SPIKES = ("mp_spikes", "mp_spikes_99")
+NOISE = ("mp_edge", *SPIKES, "mp_fit_distance")
 Numbers = dict[str, Any]
 
 
@@ -131,18 +132,19 @@ def _estimated(
     """Every number that is a function of the spectra, and the intervals of those that a sketch estimates."""
     pairs = list(zip(*_paired(spectrum, raw), strict=False))  # no more replicas than both have
     found = [_numbers(ref, s, r, rounding, metric, degree) for s, r in pairs]
-    intervals = {
-        name: interval
-        for name, value in found[0].items()
-        if isinstance(value, (int, float))
-        and len(found) > 1
-        and (interval := interval_of([each[name] for each in found], _grain(name, ref), _least(name))) is not None
-    }
+    known = len(raw.values if raw.sketch is None else raw.sketch.certified)
+    intervals = {}
+    for name, value in found[0].items():
+        if isinstance(value, (int, float)) and len(found) > 1:
+            values = [each[name] for each in found]
+            interval = interval_of(values, _grain(name, ref), _least(name, values, known))
+            if interval is not None:
+                intervals[name] = interval
     distance = found[0]["mp_fit_distance"]
     if distance is None or not noise.bulk_is_mp_like(
         distance, min(ref.shape)
     ):  # not noise: a count of spikes says nothing
-        for name in ("mp_spikes", "mp_spikes_99"):
+        for name in SPIKES:
             found[0][name] = None
             intervals.pop(name, None)
     return found[0], intervals or None
@@ -160,8 +162,11 @@ def _grain(name: str, ref: MatrixRef) -> float:
     return 1 / min(ref.shape) if name == "mp_fit_distance" else 0.0
 
 
-def _least(name: str) -> float:
-    """Logarithms go below 0, all other numbers do not."""
+def _least(name: str, values: list[Any], known: int) -> float:
+    """Logarithms go below 0, all other numbers do not. A spike that is one of the `known` leading values, which carry a
+    certificate, and stands above noise in every variant is sure, however widely the tail's counts vary."""
+    if name in SPIKES and None not in values:
+        return float(min(known, *values))
     return -math.inf if name in ("log_volume", "capacity_log10") else 0.0
 
 

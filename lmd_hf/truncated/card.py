@@ -12,8 +12,8 @@ from lmd_hf.truncated.record import Truncation
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 GOALS = {
-    "ratio": "{0:.0%} of the parameters of the selected matrices, given out over them by equal marginal loss",
-    "energy": "{0:.1%} of the energy Σs'² of every matrix",
+    "ratio": "{1:.6g}% of the parameters of the selected matrices, given out over them by equal marginal loss",
+    "energy": "{1:.6g}% of the energy Σs'² of every matrix",
     "rank": "{0:g} axes of every matrix",
 }
 METRICS = {
@@ -45,7 +45,7 @@ def card_text(truncation: Truncation, base_card: str | bytes | None = None) -> s
         ("parameters", f"{before:,} → {after:,} ({after / before:.1%})"),
         ("of these in the selected matrices", f"{first:,} → {last:,} ({last / first:.1%})"),
         ("matrices in factors", f"{len(truncation.layers)}; {len(truncation.left)} stay whole"),
-        ("kept", GOALS[target].format(value)),
+        ("kept", GOALS[target].format(value, 100 * value)),
         ("metric", f"{truncation.metric}: that " + METRICS[truncation.metric].format(data=data)),
     ]
     return (

@@ -79,6 +79,13 @@ def test_the_three_hopfield_steps_are_the_layer(build):
     torch.testing.assert_close(lmd.projection @ (lmd.s_K * (lmd.similarity @ x)), lmd.reconstruct() @ x)
 
 
+def test_a_decomposition_is_equal_to_itself_and_to_no_other():
+    first, again = (decompose(torch.eye(3)) for _ in range(2))
+    assert first == first
+    assert first != again
+    assert first in [again, first]
+
+
 def test_identity_is_the_plain_svd(build):
     w = build(O, I)
     lmd = decompose(w, rank=K)

@@ -59,6 +59,15 @@ def test_text_says_each_head_and_the_conventions(report):
     assert " --heads`" in report.card()
 
 
+def test_one_head_is_no_heads_and_a_small_temperature_is_not_zero(report):
+    cold = replace(report.heads[0], qk_symmetric_energy=0.95, qk_eigenvalue_score=0.95, inverse_temperature=0.00123)
+    one = replace(report, heads=(cold,))
+    assert ": 1 head, " in one.summary()
+    assert "inverse temperature σ₁ 0.00123," in one.summary()
+    assert "**1 attention head as a Hopfield memory**" in one.card()
+    assert "1 head is auto-associative" in one.card()
+
+
 def test_classes_are_shown_where_there_are_any(report):
     seen = tuple(replace(head, k90=3.0, hopfield_class="III") for head in report.heads)
     assert heads.table(seen).splitlines()[0].split()[-2:] == ["k90", "class"]

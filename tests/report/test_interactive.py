@@ -1,5 +1,6 @@
 """Figures and pages for a browser: what they show is what the report holds."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.integrate import cumulative_trapezoid
 from lmd_hf import Report, decompose, interactive
 from lmd_hf.matrix.noise import mp_cdf, mp_density
 from lmd_hf.report.grid import short
+from lmd_hf.report.overview import in_units, reading
 from lmd_hf.report.pictures import SIDE
 
 
@@ -55,8 +57,6 @@ def test_figures_hold_the_numbers(report):
 
 
 def test_names_of_a_repository_are_inert(report):
-    import dataclasses
-
     bad = '"><script>alert(1)</script>'
     row = dataclasses.replace(report.matrices[0], name=bad, block="", layer=None)
     evil = dataclasses.replace(
@@ -69,6 +69,36 @@ def test_names_of_a_repository_are_inert(report):
         evil.page(),
     ):
         assert "<script>alert" not in text
+
+
+def test_the_reading_says_where_its_numbers_come_from(report):
+    alone = " ".join(reading(report))
+    assert "the matrix’s own noise" in alone
+    assert "come from the weights alone" in alone
+    data = dataclasses.replace(report, settings={**report.settings, "metric": "data", "data": {"dataset": "a<b"}})
+    told = " ".join(reading(data))
+    assert "hold 90 % of the outputs’ energy over the data" in told
+    assert "own noise" not in told
+    assert "come from the weights and one dataset (a&lt;b) alone" in told
+
+
+def test_the_reading_of_one_role_and_of_none_is_whole(report):
+    one = reading(dataclasses.replace(report, matrices=report.matrices[:1], heads=report.heads[:1]))
+    assert one[0].startswith("1 weight matrix holds ")
+    assert one[1].startswith("A typical matrix spreads its weight over ")
+    assert one[2].startswith("Its latent dimension n' is ")
+    assert one[3].startswith("Of 1 attention head, ")
+    none = reading(dataclasses.replace(report, matrices=(), heads=()))
+    assert len(none) == 2
+    assert "Each is read" not in none[0]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(999, "999"), (1_000, "1 k"), (999_885_952, "1 B"), (999_499, "999 k"), (8_030_261_248, "8.03 B")],
+)
+def test_a_count_of_parameters_is_short(count, shown):
+    assert in_units(count) == shown
 
 
 def test_pictures_of_block_means_are_those_of_the_matrix():

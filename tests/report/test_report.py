@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from dataclasses import replace
 from importlib import resources
 
@@ -82,7 +83,7 @@ def test_evidence_survives_json_and_is_inert_in_a_card(report):
     again = Report.from_json(told.to_json())
     assert again.convergence == told.convergence
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(told.to_json()))
-    assert "convergence: stable; unstable by themselves: layers 0" in told.summary()
+    assert "convergence: stable; unstable by themselves: layer 0" in told.summary()
     assert "  - checkpoints (org/&lt;b&gt;x&lt;/b&gt;): stable, moved \\| \\`a\\`" in told.card()
 
 
@@ -226,12 +227,32 @@ def test_bounds_are_rounded_up_and_halves_are_shown():
     assert [text.rounded(0)(value) for value in (2.5, 11.5, 12, None)] == ["2.5", "11.5", "12", "–"]
 
 
+@pytest.mark.parametrize(
+    ("places", "shown"),
+    [
+        ([None], "what lies outside the layers"),
+        ([0, None], "layer 0, and what lies outside the layers"),
+        (range(14), f"layers {', '.join(map(str, range(12)))} and 2 more"),
+    ],
+)
+def test_layers_with_another_verdict_are_named(places, shown):
+    convergence = Convergence("unknown", (), tuple(LayerVerdict("", place, "unstable") for place in places))
+    assert text.convergence_lines(convergence)[0] == f"unknown; unstable by themselves: {shown}"
+
+
 def test_the_table_has_a_line_a_matrix(report):
     lines = report.table().splitlines()
     assert len(lines) == 2 + len(report.matrices)
     assert lines[0].split("  ")[0] == "layer"
     assert report.table(limit=3).splitlines()[-1] == f"… and {len(report.matrices) - 3} more"
     assert str(report).startswith(report.summary())
+
+
+def test_every_row_of_a_layer_can_be_told_from_the_others(report):
+    """Experts that each have a tensor of their own, as those that lie in one."""
+    labels = [(matrix.layer, text.matrix_label(matrix)) for matrix in report.matrices]
+    assert len(set(labels)) == len(labels)
+    assert (1, "moe gate expert 2") in labels
 
 
 def test_html_is_a_page_without_foreign_markup(report):
@@ -280,6 +301,17 @@ def test_the_card_cannot_be_broken_out_of(report):
     assert escape("a|b\nc") == "a\\|b c"
 
 
+def test_the_command_of_a_card_can_be_pasted_into_a_shell(report):
+    """Names and globs are quoted, a first layer below 0 is no option, and factors need a folder that is not told."""
+    chosen = {"layers": "-2,-1", "match": "*mlp*", "roles": ["q", "up"], "heads": True, "rank": 4, "device": "cpu"}
+    card = replace(
+        report, model=replace(report.model, id="my models/it's"), settings={**report.settings, **chosen}
+    ).card()
+    words = shlex.split(re.search(r"\*\*Reproduce:\*\* `(.*?)`", card).group(1))
+    assert words[:3] == ["lmd-hf", "analyze", "my models/it's"]
+    assert sorted(words[3:]) == ["*mlp*", "--heads", "--layers=-2,-1", "--match", "--roles", "q,up"]
+
+
 def test_the_card_makes_no_quality_claim(report):
     card = report.card()
     assert "do not measure quality, safety or accuracy" in card
@@ -297,6 +329,16 @@ def test_figures_show_every_role_and_layer(report, tmp_path):
     again = Report.from_json(report.to_json()).plot(tmp_path / "again")
     assert set(again) == set(figures)
     assert (tmp_path / "again" / "spectra.png").read_bytes() == (tmp_path / "spectra.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [(r"a$_b_c_$\frac", r"a$_b_c_$\frac"), ("a\udcffb", r"a\udcffb"), ("a\nb", r"a\nb")]
+)
+def test_figures_take_any_name_of_a_folder(report, tmp_path, name, shown):
+    """Dollars begin no formula, and a byte that is no UTF-8 is shown escaped."""
+    figures = replace(report, model=replace(report.model, id=name)).plot(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(figures)
+    assert figures["spectra"].get_suptitle() == f"Singular values of every matrix: {shown}"
 
 
 def test_the_plane_has_a_mark_for_every_capacity(report):
@@ -339,6 +381,19 @@ def test_random_weights_look_untrained_and_low_rank_ones_do_not(tmp_path):
     assert found["not converged"].matrices == ("noise.weight",)
     assert found["slow decay"].matrices == ("noise.weight",)
     assert found["high intrinsic dimension"].status == "not measured"
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 2), torch.ones(40, 40), torch.zeros(40, 40)])
+def test_what_noise_cannot_be_compared_with_is_not_measured(tmp_path, weight):
+    """2 × 2 has the participation ratio of noise at rank one already; a matrix of low rank has no bulk, whatever its
+    size, and a share of none is not told."""
+    save_file({"head.weight": weight}, tmp_path / "model.safetensors")
+    report = analyze(tmp_path)
+    slow, _, untrained = report.findings
+    assert slow.status == ("not found" if weight.sum() == 1600 else "not measured")
+    assert untrained.status == "not measured"
+    assert "large enough" not in untrained.text
+    assert "0 of 0" not in report.summary()
 
 
 def test_thresholds_can_be_changed(report):

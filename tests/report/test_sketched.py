@@ -1,6 +1,7 @@
 """A report with sketched matrices: rows, round trips, schema, text, card, figures, findings, command line."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import jsonschema
@@ -102,8 +103,10 @@ def test_text_card_and_figures_mark_estimates(report, tmp_path):
 
 def test_intervals_in_cells(report):
     matrix = sketched(report)[0]
-    half = matrix.intervals["effective_rank"][1] - matrix.effective_rank
-    assert with_error(matrix, "effective_rank", 1) == f"{matrix.effective_rank:,.1f} ± {half:,.1f}"
+    middle = 100.0
+    for half, shown in ((12.21, "12.3"), (0.001, "0.1"), (0.0, "0.0")):  # up: an estimate is not shown as exact
+        told = replace(matrix, effective_rank=middle, intervals={"effective_rank": (middle - half, middle + half)})
+        assert with_error(told, "effective_rank", 1) == f"100.0 ± {shown}"
     small = next(m for m in report.matrices if m.intervals is None)
     assert with_error(small, "effective_rank", 1) == f"{small.effective_rank:,.1f}"
 

@@ -7,6 +7,7 @@ import torch
 
 from lmd_hf import analyze
 from lmd_hf.records import Work
+from lmd_hf.run.convergence import looks_untrained
 from lmd_hf.run.measure import Spectra, measure, to_row
 from lmd_hf.weights.inventory import list_matrices
 from lmd_hf.weights.source import open_source
@@ -63,6 +64,17 @@ def test_an_interval_of_a_logarithm_goes_below_zero(work, matrix):
     row = to_row(work.ref, Spectra(spectrum(work, matrix * scale), None, STORED), kernel="sketch")
     low, high = row.intervals["log_volume"]
     assert low <= row.log_volume <= high < 0
+
+
+@pytest.mark.parametrize("planted", [0, 2])
+def test_certified_spikes_are_sure_however_widely_the_tail_s_count_varies(work, matrix, planted):
+    """One that is far above noise cannot be called noise, whatever the estimate of the bulk leaves open."""
+    left, right = (torch.linalg.qr(matrix[:side, :2]).Q for side in (820, 800))
+    w = matrix.clone()
+    w[:, :800] += 200 * left[:, :planted] @ right[:, :planted].T
+    row = to_row(work.ref, Spectra(spectrum(work, w), None, STORED), kernel="sketch")
+    assert row.intervals["mp_spikes_99"][0] == row.intervals["mp_spikes"][0] == planted
+    assert looks_untrained(row) is (planted == 0)
 
 
 @pytest.mark.parametrize("size", [1e200, 1e-200, 1.7e308])

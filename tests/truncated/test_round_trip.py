@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import models
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lmd_hf import LMDModel, truncate
 from lmd_hf.errors import FormatError, OutputError, SettingsError, SourceError
+from lmd_hf.truncated.card import card_text
 from lmd_hf.weights.source import EMBEDDED_FOLDER, EMBEDDED_ID
 
 
@@ -106,6 +108,13 @@ def test_the_card_claims_what_was_measured_and_no_more(saved, small, texts, tmp_
         written = (tmp_path / name).read_text()
         assert "base_model:" not in written
         assert str(EMBEDDED_FOLDER) not in written
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"), [({"energy": 0.9999}, "99.99% of"), ({"ratio": 0.625}, "62.5% of"), ({"ratio": 0.7}, "70% of")]
+)
+def test_the_card_tells_the_goal_as_it_was_given(small, target, shown):
+    assert f" {shown} " in card_text(replace(small.truncation, target=target))
 
 
 def test_the_measured_loss_is_that_of_transformers(texts, base):
