@@ -24,7 +24,8 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model, exactly. `revision` is what was asked for, `commit` what it was pinned to (`None` off the Hub)."""
+    """Which model, exactly. `revision` is what was asked for, `commit` what it was pinned to (`None` off the Hub);
+    `subfolder` is the folder in it, and `base` the model that an adapter's updates were added to."""
 
     id: str
     revision: str | None
@@ -32,6 +33,8 @@ class ModelIdentity:
     model_type: str | None
     architectures: tuple[str, ...]
     files: tuple[WeightFile, ...]
+    subfolder: str = ""
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,9 @@ class Factored:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight as the network knows it: the name and shape that its module gives it, however it is stored.
-
-    `format` is `plain` for a tensor that is the weight, else the layout of `tensors`, the largest of them first: packed
-    values, then scales, zero points and so on. `dtype` is that of the largest; `unread` says why they are no weight."""
+    """One weight as the network knows it: the name and shape that its module gives it, however it is stored. `format`
+    is `plain` for a tensor that is the weight, else the layout of `tensors`, the largest of them first: packed values,
+    then scales, zero points and so on. `dtype` is that of the largest; `unread` says why they are no weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -104,11 +106,10 @@ class MatrixRef:
 
     `shape` is (out, in). `tensors` hold the entries in the format `stored`, the largest first, whose name is `name`;
     `expert` picks along their first axis; `transposed` says that the weight is (in, out); `rows` are the slices
-    (start, stop, step) of the out axis that belong to this matrix, all if empty.
-    `activation` is the function after (gate, up) or before (down) it, `None` outside an MLP; `gated` says that a gate
-    multiplies it. `tied_to` names a stored tensor that should hold the same numbers. `low_rank` is the matrix itself
-    where `stored` is `lora`, else an update that is added to it.
-    """
+    (start, stop, step) of the out axis that belong to this matrix, all if empty. `activation` is the function after
+    (gate, up) or before (down) it, `None` outside an MLP; `gated` says that a gate multiplies it. `tied_to` names a
+    stored tensor that should hold the same numbers. `low_rank` is the matrix itself where `stored` is `lora`, else an
+    update that is added to it."""
 
     name: str
     part: str

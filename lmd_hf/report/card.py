@@ -166,8 +166,9 @@ def _findings(report: "Report") -> str:
 def _reproduce(report: "Report") -> str:
     model, settings = report.model, report.settings
     chosen = options({**settings, **(settings.get("data") or {}), "data": None})
-    pinned = ["--revision", model.commit] if model.commit else []
-    line = command("lmd-hf", "analyze", model.id, *pinned, *chosen)
+    told = {"--revision": model.commit, "--subfolder": model.subfolder, "--base": model.base}
+    where = [word for name, value in told.items() if value for word in (name, value)]
+    line = command("lmd-hf", "analyze", model.id, *where, *chosen)
     return f"**Reproduce:** `{line}` (lmd_hf {report.lmd_hf}). {_accuracy(report.matrices)}"
 
 

@@ -47,6 +47,8 @@ def open_merged(model: str | Path | nn.Module | FileSource, base: str | Path | S
         revision=adapter.identity.revision,
         commit=adapter.identity.commit,
         files=below.identity.files + adapter.identity.files,
+        subfolder=adapter.identity.subfolder,
+        base=below.identity.id,
     )
     at = f" at {below.identity.commit}" if below.identity.commit else ""
     return replace(

@@ -260,7 +260,8 @@ def open_source(
         if os.path.isdir(path):
             if not os.path.isdir(path / subfolder):
                 raise SourceError(f"{model}: no folder '{subfolder}' in it; check --subfolder")
-            return open_folder(path / subfolder, identifier=str(model))
+            found = open_folder(path / subfolder, identifier=str(model))
+            return replace(found, identity=replace(found.identity, subfolder=subfolder))
     text = str(model)
     if text == EMBEDDED_ID and revision is None:
         return open_folder(EMBEDDED_FOLDER, identifier=text)

@@ -312,6 +312,14 @@ def test_the_command_of_a_card_can_be_pasted_into_a_shell(report):
     assert sorted(words[3:]) == ["*mlp*", "--heads", "--layers=-2,-1", "--match", "--roles", "q,up"]
 
 
+def test_the_command_of_a_card_says_where_the_weights_were(report):
+    """A folder of the repository, and the base that updates were added to: without them it is another report."""
+    model = replace(report.model, id="org/tuned", subfolder="unet", base="org/base")
+    again = Report.from_json(replace(report, model=model).to_json())
+    assert again.model == model
+    assert "`lmd-hf analyze org/tuned --subfolder unet --base org/base" in again.card()
+
+
 def test_the_card_makes_no_quality_claim(report):
     card = report.card()
     assert "do not measure quality, safety or accuracy" in card

@@ -73,7 +73,7 @@ def test_a_subfolder(hub, save):
     hub.add("org/nested", {f"text_encoder/{name}": data for name, data in files_of(save("bert")).items()})
     report = analyze("org/nested", subfolder="text_encoder", roles=("q",))
     assert len(report.matrices) == 2
-    assert report.model.model_type == "bert"
+    assert (report.model.model_type, report.model.subfolder) == ("bert", "text_encoder")
 
 
 @pytest.mark.parametrize("place", ["hub", "disk"])
