@@ -32,7 +32,9 @@ from lmd_hf.weights.source import open_source
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 SCALES = ("scaling", "scale", "softmax_scale")
-NORM_OF_SCORES = re.compile(r"(?:^|[._])(?:q|k|qk|query|key)_?(?:layer_?)?(?:norm|layernorm|ln)$|norm_[qk]$")
+NORM_OF_SCORES = re.compile(
+    r"(?<!indexer)(?:^|[._])(?:q|k|qk|query|key)_?(?:layer_?)?(?:norm|layernorm|ln)$|norm_[qk]$"
+)
 EXPLAINED = {
     "dia": "rotary: its decoder passes rotations by their place",
     "esm": "scale: the queries are scaled before",

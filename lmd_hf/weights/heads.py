@@ -228,7 +228,7 @@ def _sizes(config: Config, count: int) -> set[int]:
     """The sizes of a head that the configuration names; of one that names none, its widths over the heads: Qwen2-VL's
     vision tower has its own, `embed_dim`, beside the `hidden_size` that it is merged into."""
     named = {size for key in fact("head_size_keys") if isinstance(size := config.get(key), int)}
-    widths = [config.get(key) for key in fact("width_keys")]
+    widths = [config.values.get(key) for key in fact("width_keys")] + [config.get(*fact("width_keys"))]
     return named or {width // count for width in widths if isinstance(width, int) and width % count == 0}
 
 
