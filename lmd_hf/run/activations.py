@@ -148,9 +148,7 @@ class _Accumulator:
         if self.moments:
             squares = torch.zeros(width, width).double() if self.squares is None else self.squares.cpu()
             off, whole = shift - mean, squares.tril() + squares.tril(-1).T
-            whole.addr_(total, off).addr_(off, total).addr_(
-                off, off, alpha=self.count
-            )  # from about shift to about mean
+            whole.addr_(total, off).addr_(off, total).addr_(off, off, alpha=self.count)  # now they are about the mean
             covariance = world.add_up(whole) / count
         self.shift = self.total = self.squares = self.kept = None
         self.rows = self.rows[:0].clone()

@@ -191,7 +191,6 @@ def single_torch_threads() -> Iterator[None]:
         yield
     finally:
         with _settings:
-            torch.set_num_threads(
-                _torch_before[0]
-            )  # each for itself: it is one number for new threads, and one a thread
+            # each for itself: it is one number for new threads, and one for each thread that is there
+            torch.set_num_threads(_torch_before[0])
             _torch_before.pop()
