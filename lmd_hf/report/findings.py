@@ -22,7 +22,7 @@ def find(
     participation ratio that counts as slow."""
     ratios = [(m, ratio) for m in matrices if (ratio := noise_ratio(m)) is not None]
     slow = tuple(label(m) for m, ratio in ratios if ratio >= slow_decay)
-    even = f"{len(slow)} of {len(ratios)} matrices spread their energy almost as evenly as noise: no low-rank structure"
+    even = f"{len(slow)} of {len(ratios)} matrices spread their energy almost as evenly as noise"
     if not ratios:
         of_data = any(m.metric == "data" for m in matrices)
         compared = "no matrix that could be compared with noise"
