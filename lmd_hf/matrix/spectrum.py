@@ -72,9 +72,9 @@ def error_parts(found: Sequence[float | int | None]) -> tuple[float, float, floa
 
 
 def interval_of(
-    found: Sequence[float | int | None], grain: float = 0.0, least: float = 0.0
+    found: Sequence[float | int | None], grain: float = 0.0, least: float = 0.0, most: float = math.inf
 ) -> tuple[float, float] | None:
-    """The number ± the sum of its `error_parts` and `grain`, the step in which it moves; not below `least`.
+    """The number ± the sum of its `error_parts` and `grain`, the step in which it moves; within `least` and `most`.
 
     A count, which is an `int`, has a grain of 1 and whole ends.
     """
@@ -83,8 +83,8 @@ def interval_of(
         return None
     half = sum(parts) + grain
     if isinstance(theta, int):
-        return max(math.floor(theta - half) - 1.0, least), math.ceil(theta + half) + 1.0
-    return max(float(theta) - half, least), float(theta) + half
+        return max(math.floor(theta - half) - 1.0, least), min(math.ceil(theta + half) + 1.0, most)
+    return max(float(theta) - half, least), min(float(theta) + half, most)
 
 
 def student_quantile(degrees: int) -> float:

@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
 }
 SPIKES = ("mp_spikes", "mp_spikes_99")
+RANKS = ("effective_rank", "effective_rank_energy", "stable_rank", "participation_ratio")  # and counts: of k at most
 NOISE = ("mp_edge", *SPIKES, "mp_fit_distance")
 Numbers = dict[str, Any]
 
@@ -137,7 +138,8 @@ def _estimated(
     for name, value in found[0].items():
         if isinstance(value, (int, float)) and len(found) > 1:
             values = [each[name] for each in found]
-            interval = interval_of(values, _grain(name, ref), _least(name, values, known))
+            most = float(min(ref.shape)) if isinstance(value, int) or name in RANKS else math.inf
+            interval = interval_of(values, _grain(name, ref), _least(name, values, known), most)
             if interval is not None:
                 intervals[name] = interval
     distance = found[0]["mp_fit_distance"]

@@ -59,6 +59,14 @@ def test_seeds_come_from_which_entries_the_matrix_has(work, matrix):
     assert not torch.equal(first, spectrum(other, matrix).values)
 
 
+def test_no_count_and_no_rank_passes_the_short_side(work, matrix):
+    row = to_row(work.ref, Spectra(spectrum(work, matrix), None, STORED), kernel="sketch")
+    counts = {name: high for name, (_, high) in row.intervals.items() if isinstance(getattr(row, name), int)}
+    assert counts["numerical_rank"] == row.numerical_rank == 820
+    assert max(counts.values()) <= 820
+    assert row.intervals["effective_rank"][1] <= 820
+
+
 def test_an_interval_of_a_logarithm_goes_below_zero(work, matrix):
     scale = 1e-3 * torch.linspace(0.2, 2, 900)
     row = to_row(work.ref, Spectra(spectrum(work, matrix * scale), None, STORED), kernel="sketch")
