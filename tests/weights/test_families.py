@@ -7,6 +7,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lmd_hf.weights.families import Config, _table, check_table, find_fused
@@ -317,6 +318,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 )
 def test_other_decoders_are_fed_by_the_norms_of_the_table(monkeypatch, model_type, class_name):
     """Also the gain itself: with what is stored set to minus the offset, the norm gives nothing."""
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from tiny_models import build
 
