@@ -3,11 +3,12 @@
 import os
 import re
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from lmd_hf.shared import SharedSetting
 
 
 if sys.version_info >= (3, 11):
@@ -31,8 +32,7 @@ __all__ = [
     "without_tf32",
 ]
 
-_full_precision = threading.Lock()
-_precision_before: list[str | bool] = []  # of the threads in `without_tf32`: the first one's is what was asked for
+_precision = SharedSetting()
 
 
 @dataclass(frozen=True)
@@ -174,23 +174,21 @@ def output_to_errors() -> Iterator[None]:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products of float32 on a GPU keep its 24 bits in this context, whatever the settings ask for.
+    """Products of float32 on a GPU keep its 24 bits in this context, whatever the settings ask for. torch 2.9 has a new
+    setting, and refuses to read the old one once the new one was set, as the Trainer does for `tf32=True`."""
+    _precision.enter(_full_precision)
+    try:
+        yield
+    finally:
+        _precision.leave()
 
-    The setting is one for all threads, so the last to leave puts it back. torch 2.9 has a new one, and refuses to read
-    the old one once the new one was set, as the Trainer does for `tf32=True`.
-    """
+
+def _full_precision() -> Callable[[], object]:
     from torch import backends
 
     matmul = backends.cuda.matmul
     name, full = ("fp32_precision", "ieee") if hasattr(backends, "fp32_precision") else ("allow_tf32", False)
-    with _full_precision:
-        _precision_before.append(getattr(matmul, name))
-        setattr(matmul, name, full)
-    try:
-        yield
-    finally:
-        with _full_precision:
-            before = _precision_before[0]
-            _precision_before.pop()
-            if not _precision_before:  # what only came from the setting above it goes on following that
-                setattr(matmul, name, "none" if before == getattr(backends, name, None) else before)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    # what only came from the setting above it goes on following that
+    return lambda: setattr(matmul, name, "none" if before == getattr(backends, name, None) else before)

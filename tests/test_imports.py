@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "lmd_hf"
 # Each room may import itself and the rooms of lower rank; rooms of equal rank do not know each other.
 RANK = {
-    "errors": 0, "compat": 0, "visible": 0, "records": 1, "circuits": 1.5, "evidence": 1, "changes": 2,
+    "errors": 0, "shared": 0, "compat": 0.5, "visible": 0, "records": 1, "circuits": 1.5, "evidence": 1, "changes": 2,
     "weights": 2, "matrix": 2, "run": 3, "layers": 3, "report": 4, "pipeline": 4.5, "api": 5, "training": 5, "demo": 6,
     "hub": 7, "experiments": 7, "options": 7, "recipes": 7.5, "truncated": 7.5, "callback": 8, "cli": 8, "__main__": 9,
 }  # fmt: skip

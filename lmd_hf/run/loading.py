@@ -62,7 +62,9 @@ def origin(source: Source) -> Origin:
         return Origin(identity.id, remedy="; a live module may run on a dataset with a column 'input_ids' instead")
     _refuse_code(identity.id, config)
     if identity.commit is not None:
-        return Origin(identity.id, {"revision": identity.commit, "subfolder": source.subfolder, "token": source.token})
+        return Origin(
+            identity.id, {"revision": identity.commit, "subfolder": identity.subfolder, "token": source.token}
+        )
     place = source.locate(identity.files[0].name)
     alone = Path(identity.id).is_file() and Path(identity.id).name not in WHOLE
     if config is None or alone or not isinstance(place, Path):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import psutil
@@ -16,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from lmd_hf.compat import let_go_of_blas, local_processes, local_rank
 from lmd_hf.errors import SettingsError, first_line
 from lmd_hf.records import Work
+from lmd_hf.shared import SharedSetting
 from lmd_hf.weights.source import FileSource, Source
 
 
@@ -32,9 +34,9 @@ NO_ROOM = ("out of memory", "ALLOC_FAILED")  # so CUDA says it where torch asks 
 
 T = TypeVar("T")
 _first_call = threading.Lock()
-_settings = threading.Lock()  # of the whole process, and several threads of it may be here at once:
-_blas_before: list[threadpool_limits] = []  # what each found; the first alone found what is to be put back
-_torch_before: list[int] = []
+_blas = SharedSetting()
+_torch_threads = threading.Lock()
+_torch_before: list[int] = []  # what each thread found; the first alone found what is to be put back
 
 
 def pick_device(name: str) -> torch.device:
@@ -155,9 +157,7 @@ def worker_pool(workers: int, matrices: int, devices: tuple[torch.device, ...] =
         thread_name_prefix="lmd_hf",
         initializer=(lambda: setattr(_hand, "device", next(turns))) if devices else None,
     )
-    with _settings:
-        _blas_before.append(threadpool_limits(limits=max(1, _cores() // max(1, matrices)), user_api="blas"))
-        let_go_of_blas()
+    _blas.enter(partial(_limited_blas, max(1, _cores() // max(1, matrices))))
     finished = False
     try:
         yield pool
@@ -165,32 +165,33 @@ def worker_pool(workers: int, matrices: int, devices: tuple[torch.device, ...] =
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         if finished:
-            _put_back_blas()
+            _blas.leave()
         else:  # restoring waits for a BLAS call under way; an interrupt must not
-            threading.Thread(target=_put_back_blas, daemon=True).start()
+            threading.Thread(target=_blas.leave, daemon=True).start()
 
 
-def _put_back_blas() -> None:
-    """The last pool to end puts back what the first one found."""
-    with _settings:
-        first = _blas_before[0]
-        _blas_before.pop()
-        if not _blas_before:
-            first.restore_original_limits()
-            let_go_of_blas()
+def _limited_blas(threads: int) -> Callable[[], object]:
+    limits = threadpool_limits(limits=threads, user_api="blas")
+    let_go_of_blas()
+
+    def restore() -> None:
+        limits.restore_original_limits()
+        let_go_of_blas()
+
+    return restore
 
 
 @contextmanager
 def single_torch_threads() -> Iterator[None]:
     """Worker threads that begin in this context run torch's own operations on one thread each: threads of several
     operations that wait for each other made QR and eigenvalues of thin factors twelve times slower."""
-    with _settings:
+    with _torch_threads:
         _torch_before.append(torch.get_num_threads())
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _settings:
+        with _torch_threads:
             # each for itself: it is one number for new threads, and one for each thread that is there
             torch.set_num_threads(_torch_before[0])
             _torch_before.pop()

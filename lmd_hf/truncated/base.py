@@ -123,7 +123,7 @@ def _stored_dtype(source: Source) -> torch.dtype | None:
 def _companions(source: Source, place: Origin) -> dict[str, bytes]:
     if source.identity.commit is None or not isinstance(source, FileSource):
         return read_companions(Path(place.name))
-    asked = {"revision": source.identity.commit, "token": source.token}
-    patterns = [f"{source.subfolder}/{each}" if source.subfolder else each for each in COMPANIONS]
+    asked, subfolder = {"revision": source.identity.commit, "token": source.token}, source.identity.subfolder
+    patterns = [f"{subfolder}/{each}" if subfolder else each for each in COMPANIONS]
     folder = told(place.name, lambda: snapshot_download(place.name, allow_patterns=patterns, **asked))
-    return read_companions(Path(folder) / source.subfolder)
+    return read_companions(Path(folder) / subfolder)

@@ -62,7 +62,7 @@ def open_repository(
     """
     api = client(token)
     opened = told(repo_id, lambda: _open(api, repo_id, revision, subfolder, download), revision=revision)
-    return replace(opened, identity=replace(opened.identity, subfolder=subfolder), subfolder=subfolder, token=token)
+    return replace(opened, identity=replace(opened.identity, subfolder=subfolder), token=token)
 
 
 def _open(api: HfApi, repo_id: str, revision: str | None, subfolder: str, download: bool) -> FileSource:

@@ -131,7 +131,7 @@ class Memory:
 @dataclass(frozen=True)
 class FileSource:
     """Weight files. `locate` gives one to read from: a path, or a file on the Hub, read by ranges; `pickles` are those
-    that were read when they were opened. `subfolder` and `token` are what the repository was opened with. `training`
+    that were read when they were opened. `token` is what the repository was opened with. `training`
     finds the (name, path) of the state that a trainer left beside them, and fetches it. `loaded` keeps the whole model,
     by device, for whoever runs it again, `memory` what was fetched for whoever reads it again, `ahead` what is fetched
     before its turn (`fetching`). `stamps` are those of the files on disk when they were opened: what is read of another
@@ -148,7 +148,6 @@ class FileSource:
     updates: tuple[Weight, ...] = ()
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
     pickles: dict[str, Pickled] = field(default_factory=dict, compare=False, repr=False)
-    subfolder: str = ""
     token: str | bool | None = field(default=None, repr=False)
     training: Callable[[], tuple[str, Path] | None] = field(default=lambda: None)
     loaded: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)

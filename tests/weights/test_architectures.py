@@ -1,19 +1,15 @@
 """The sweep over architectures on a fixed sample; the whole of it is `benchmarks/architectures.py`."""
 
-import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lmd_hf.weights.heads import list_heads
 from lmd_hf.weights.inventory import list_matrices
-from lmd_hf.weights.source import open_source
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -81,58 +77,23 @@ def test_the_forward_pass_finds_a_false_claim(forward_pass, monkeypatch, name, k
 
 
 @pytest.mark.parametrize(
-    ("name", "class_name"),
+    ("claim", "names"),
     [
-        ("moonshine", "MoonshineForConditionalGeneration"),  # fc1 holds up and gate, in the decoder alone
-        ("moshi", "MoshiForCausalLM"),  # fc1 holds gate and up
-        ("phi4_multimodal", "Phi4MultimodalForCausalLM"),  # text: gate, up; sound: up, gate
-        ("jetmoe", "JetMoeForCausalLM"),  # experts that are pairs of q and o
-        ("axk2", "AXK2ForCausalLM"),  # two MLPs in a layer, one of them gated
-        ("tipsv2_text_model", "Tipsv2TextModel"),  # a converter that names only the leaves of its pieces
+        ("count", "grounding-dino neucodec xclip xcodec2"),  # their parts count heads in places of their own
+        ("scale", "step3p7 granite"),
+        ("qk_norm", "nanochat neomme muse_glimmer_text qwen3"),  # the first three without a gain
+        ("rotary", "smollm3 cohere2 exaone4 exaone_moe afmoe flint kolibri1 beam muse_glimmer_text"),  # not all layers
     ],
 )
-def test_what_the_forward_pass_has_found_stays_right(forward_pass, name, class_name):
-    module, build = forward_pass
-    if not hasattr(transformers, class_name):
-        pytest.skip("too old")
-    outcome = module.judge_forward(build(name, class_name))
-    assert outcome.passed
-    assert not outcome.failed
+def test_claims_of_heads_are_those_of_their_modules(monkeypatch, claim, names):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import head_claims
+    from architectures import class_of
+    from tiny_models import build
 
-
-@pytest.mark.parametrize(
-    ("name", "class_name"),
-    [
-        ("grounding-dino", "GroundingDinoForObjectDetection"),
-        ("neucodec", "NeuCodecModel"),
-        ("step3p7", "Step3p7ForConditionalGeneration"),
-        ("xclip", "XCLIPModel"),
-        ("xcodec2", "Xcodec2Model"),
-    ],
-)
-def test_heads_are_as_many_as_the_module_has_and_scaled_as_it_does(forward_pass, name, class_name):
-    """Of the parts of a model that count their heads in a place of their own, too."""
-    if not hasattr(transformers, class_name):
-        pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
-    model = forward_pass[1](name, class_name)
-    heads, _ = list_heads(list_matrices(open_source(model)))
-    of_module = Counter(head.q[0].ref.name.rsplit(".", 2)[0] for head in heads)
-    scales = {head.q[0].ref.name.rsplit(".", 2)[0]: head.scale for head in heads}
-    assert of_module
-    for path, count in of_module.items():
-        attention = model.get_submodule(path)
-        names = [key for key in ("num_heads", "num_attention_heads") if hasattr(attention, key)]
-        own = getattr(attention, names[0]) if names else attention.config.num_attention_heads
-        assert count == own, path
-        scale = getattr(attention, "scaling", getattr(attention, "scale", None))
-        assert scale is None or scales[path] == pytest.approx(scale), path
-
-
-@pytest.mark.parametrize("name", ["nanochat", "neomme", "muse_glimmer_text", "qwen3", "llama"])
-def test_norms_of_queries_and_keys_are_told_though_they_have_no_gain(forward_pass, name):
-    if (class_name := MODEL_MAPPING_NAMES.get(name)) is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    model = forward_pass[1](name, class_name)
-    heads, _ = list_heads(list_matrices(open_source(model)))
-    names = [path for path, _ in model.named_modules() if re.search(r"\b(?:q|k|qk)_norm$", path)]
-    assert {head.qk_norm for head in heads} == {bool(names)} == {name != "llama"}
+    for name in set(names.split()) & set(CONFIG_MAPPING):
+        found = list(head_claims.differences(next(build(name, class_of(name)))))
+        assert not [each for each in found if each[2] != each[3]], name
+        told = {value for of, _, value, _ in found if of == claim}
+        assert told == {"qk_norm": {True}, "rotary": {True, False}}.get(claim, told), name
+        assert told

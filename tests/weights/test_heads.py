@@ -1,7 +1,6 @@
 """The heads that the table tells, against what the models' own attention computes: scores and values of every head."""
 
 import inspect
-import warnings
 from dataclasses import replace
 
 import models
@@ -9,11 +8,9 @@ import pytest
 import torch
 import transformers as t
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.bloom import modeling_bloom
 from transformers.models.falcon import modeling_falcon
 
-from lmd_hf.compat import run_experts_on_cpu
 from lmd_hf.records import Skipped
 from lmd_hf.weights.heads import list_heads, unformed_notes
 from lmd_hf.weights.inventory import list_matrices
@@ -179,42 +176,6 @@ def test_what_the_weights_leave_out_is_told(family, expected):
     heads, _ = heads_of(models.make(family))
     for head in heads:
         assert (head.biases, head.qk_norm, head.soft_cap, head.rotary) == expected
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    ["llama", "smollm3", "cohere2", "exaone4", "exaone_moe", "afmoe", "flint", "kolibri1", "beam", "muse_glimmer_text"],
-)
-def test_the_layers_that_rotate_are_those_that_feel_a_rotation(model_type):
-    """Each attention runs once more without a rotation: what it gives changes or not."""
-    if model_type not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {t.__version__} has no {model_type}")
-    experts = {"num_experts": 16, "num_local_experts": 16, "moe_intermediate_size": 8}
-    sizes = {**models.LLAMA, "num_hidden_layers": 4, "head_dim": 8, "pad_token_id": 0, **experts, **EAGER}
-    layers = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 8}
-    layers = layers if model_type not in ("llama", "smollm3") else {}
-    config = CONFIG_MAPPING[model_type](**sizes, **layers)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = t.AutoModel.from_config(config).float().eval()
-    run_experts_on_cpu(model)
-    feels = []
-
-    def compare(attention, args, kwargs, output):
-        turned, kwargs["past_key_values"] = kwargs.get("position_embeddings"), None
-        if turned is not None:
-            kwargs["position_embeddings"] = (torch.ones_like(turned[0]), torch.zeros_like(turned[1]))
-            feels.append(not torch.allclose(attention.forward(*args, **kwargs)[0], output[0], atol=1e-7))
-        else:
-            feels.append(False)
-
-    for layer in model.layers:
-        layer.self_attn.register_forward_hook(compare, with_kwargs=True)
-    with torch.no_grad():
-        model(input_ids=torch.arange(1, 13)[None], use_cache=False)
-    heads, _ = heads_of(model)
-    assert [head.rotary for head in heads[:: len(heads) // 4]] == feels
-    assert feels == [True] * 3 + [model_type == "llama"]
 
 
 def test_the_norm_of_an_indexer_is_none_of_the_heads():
